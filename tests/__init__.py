@@ -1,0 +1,1 @@
+"""The specification as tests; the tree mirrors the package."""

@@ -1,0 +1,27 @@
+"""What every test runs under: strict dtypes and ranks, four virtual CPU devices, and no silent fallback from a GPU."""
+
+from __future__ import annotations
+
+import os
+
+REQUIRE_REAL_GPU = os.environ.get("REQUIRE_REAL_GPU") == "1"
+
+# Before JAX is imported by anything.
+os.environ.setdefault("JAX_PLATFORMS", "cuda" if REQUIRE_REAL_GPU else "cpu")
+if not REQUIRE_REAL_GPU:
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4".strip()
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="session")
+def device() -> jax.Device:
+    """The device under test: a real GPU when ``REQUIRE_REAL_GPU=1``, else the first virtual CPU."""
+    chosen = jax.local_devices()[0]
+    if REQUIRE_REAL_GPU and chosen.platform != "gpu":
+        pytest.fail(f"REQUIRE_REAL_GPU=1, but the device is {chosen.platform}")
+    return chosen
