@@ -1,0 +1,1 @@
+"""The boundary: the only package that asks a device about itself or interprets its errors."""

@@ -1,0 +1,329 @@
+"""The step loop: one thread that owns the device state and is the only caller of the programs.
+
+asyncio talks to it through one inbox, and it talks back through one batched hand-off a step. Step t + 1 is dispatched
+before the tokens of step t are read: last tokens and positions live on the device, so the next step does not wait for
+the host. The price is one idle row for one step after a job's end.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from orcd_jax.device.faults import is_out_of_memory, translate
+from orcd_jax.engine.detokenizer import Detokenizer
+from orcd_jax.engine.kv_pages import KvPagePool
+from orcd_jax.engine.prefill_call import PrefillCall, PrefillCallBuilder
+from orcd_jax.engine.request import Ended, Event, Failed, FinishReason, JobRequest, Tokens
+from orcd_jax.engine.scheduler import DecodeStep, PrefillStep, ScheduledJob, Scheduler, Step
+from orcd_jax.engine.state import DecodeState, EngineShape
+from orcd_jax.errors import ErrorCode, OrcdError
+from orcd_jax.models.registry import Params
+
+TokensFuture = object
+
+
+class StepPrograms(Protocol):
+    """What the loop needs of ``programs.Programs``; a simulator can stand in for it."""
+
+    shape: EngineShape
+
+    def init(self) -> DecodeState: ...
+
+    def prefill(self, params: Params, state: DecodeState, call: PrefillCall) -> tuple[DecodeState, TokensFuture]: ...
+
+    def decode(
+        self, params: Params, state: DecodeState, run: NDArray[np.bool_]
+    ) -> tuple[DecodeState, TokensFuture]: ...
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """A live job: its request, its place in the schedule, its text so far."""
+
+    request: JobRequest
+    detokenizer: Detokenizer
+    submitted_s: float
+    scheduled: ScheduledJob = field(init=False)
+    unsent: list[int] = field(default_factory=list)
+    produced: int = 0
+    first_token_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.scheduled = ScheduledJob(self.request)
+
+
+Delivery = tuple[Job, Event]
+Deliver = Callable[[list[Delivery]], None]
+
+
+class Engine:
+    """Owns the engine thread, the device state and the schedule. Never touches asyncio: it calls ``deliver``.
+
+    ``submit``, ``cancel`` and ``stop`` may be called from any thread; everything else runs on the engine thread.
+    """
+
+    def __init__(
+        self,
+        programs: StepPrograms,
+        params: Params,
+        *,
+        token_bytes: tuple[bytes, ...],
+        eos_ids: Iterable[int],
+        deliver: Deliver,
+        on_fatal: Callable[[OrcdError], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Prepares the engine; ``start`` makes it run.
+
+        Args:
+          programs: compiled programs.
+          params: the model's arrays, never modified.
+          token_bytes: what each token id adds to the text.
+          eos_ids: ids that end a job.
+          deliver: called on the engine thread with a step's events of all jobs, in order.
+          on_fatal: called once, on the engine thread, when the engine cannot go on; every live job has failed by then.
+          clock: monotonic seconds.
+        """
+        self._programs, self._params = programs, params
+        self._token_bytes, self._eos_ids = token_bytes, frozenset(eos_ids)
+        self._deliver, self._on_fatal, self._clock = deliver, on_fatal, clock
+        shape = programs.shape
+        self._scheduler = Scheduler(
+            rows=shape.rows,
+            block_tokens=shape.block_tokens,
+            prefill_blocks=shape.prefill_blocks,
+            page_tokens=shape.page_tokens,
+            pool=KvPagePool(shape.pages),
+        )
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._jobs: dict[ScheduledJob, Job] = {}
+        self._outbox: list[Delivery] = []
+        self._state: DecodeState | None = None
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def start(self) -> None:
+        """Makes the device state, runs every program once on idle input, and starts the loop.
+
+        Raises:
+          OrcdError: VRAM_OOM or a device error, when the programs do not run.
+        """
+        try:
+            self._state = self._programs.init()
+            call = PrefillCallBuilder(self._programs.shape, len(self._state.tables)).build()
+            self._state, _ = self._programs.prefill(self._params, self._state, call)
+            self._state, tokens = self._programs.decode(
+                self._params, self._state, np.zeros((self._programs.shape.rows,), np.bool_)
+            )
+            np.asarray(tokens)
+        except Exception as error:
+            self._state = None
+            raise translate(error) from error
+        self._thread.start()
+
+    def submit(self, request: JobRequest) -> Job:
+        """Queues a validated job; its events come through ``deliver``.
+
+        Raises:
+          OrcdError: INVALID_PARAMS, when the job could never run on this engine.
+        """
+        shape = self._programs.shape
+        need, most = len(request.prompt_ids) + request.max_tokens, shape.max_context
+        if need > most:
+            raise OrcdError(
+                ErrorCode.INVALID_PARAMS,
+                f"the prompt has {len(request.prompt_ids)} tokens and max_tokens is {request.max_tokens}: "
+                f"{need} together, over this worker's context of {most}; shorten one of them",
+                field="max_tokens",
+            )
+        pages = self._scheduler.pages_needed(request)
+        if pages > self._scheduler.pool.total:
+            raise OrcdError(
+                ErrorCode.INVALID_PARAMS,
+                f"the job needs {pages} KV pages of {shape.page_tokens} tokens; this worker has "
+                f"{self._scheduler.pool.total}: lower max_tokens",
+                field="max_tokens",
+            )
+        if not request.prompt_ids or request.max_tokens < 1:
+            raise OrcdError(ErrorCode.INVALID_PARAMS, "a job needs a prompt token and max_tokens ≥ 1", field="prompt")
+        vocabulary = len(self._token_bytes)
+        if not 0 <= min(request.prompt_ids) <= max(request.prompt_ids) < vocabulary:
+            raise OrcdError(
+                ErrorCode.INVALID_PARAMS,
+                f"a prompt token id is outside the vocabulary of {vocabulary}",
+                field="prompt_token_ids",
+            )
+        job = Job(request, Detokenizer(self._token_bytes, request.stop), self._clock())
+        self._inbox.put(lambda: self._accept(job))
+        return job
+
+    def cancel(self, job: Job) -> None:
+        """Ends a job in no step dispatched after this is seen: at most one step in flight ends silently."""
+        error = OrcdError(ErrorCode.CANCELLED, "the job was cancelled")
+        self._inbox.put(lambda: self._fail(job, error))
+
+    def stop(self, timeout_s: float) -> bool:
+        """Fails what still runs, ends the thread, and drops the device state. False when the thread did not end."""
+        self._inbox.put(self._stop)
+        if self._thread.ident is not None:
+            self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    # -- the engine thread ---------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        in_flight: deque[tuple[Step, TokensFuture]] = deque()
+        while not self._stopping:
+            try:
+                self._take_inbox(wait=not in_flight and not self._jobs)
+                self._expire()
+                step = self._scheduler.next_step()
+                if step is not None:
+                    in_flight.append((step, self._dispatch(step)))
+                if in_flight and (step is None or len(in_flight) > 1):
+                    self._finish(*in_flight.popleft())
+            except Exception as error:
+                in_flight.clear()
+                self._recover(error)
+            self._hand_off()
+        self._state = None
+
+    def _take_inbox(self, *, wait: bool) -> None:
+        if wait:
+            self._inbox.get()()
+        while True:
+            try:
+                message = self._inbox.get_nowait()
+            except queue.Empty:
+                return
+            message()
+
+    def _dispatch(self, step: Step) -> TokensFuture:
+        state, self._state = self._state, None  # donated: gone if the call raises
+        if state is None:
+            raise OrcdError(ErrorCode.INTERNAL, "the engine has no device state")
+        match step:
+            case PrefillStep():
+                self._state, tokens = self._programs.prefill(self._params, state, self._call(step))
+            case DecodeStep():
+                run = np.zeros((self._programs.shape.rows,), np.bool_)
+                run[[job.row for job in step.jobs]] = True
+                self._state, tokens = self._programs.decode(self._params, state, run)
+        if (copy := getattr(tokens, "copy_to_host_async", None)) is not None:
+            copy()
+        return tokens
+
+    def _call(self, step: PrefillStep) -> PrefillCall:
+        builder = PrefillCallBuilder(self._programs.shape, 1)
+        for work in step.blocks:
+            request = work.job.request
+            builder.add(
+                request.prompt_ids[work.start : work.start + work.count],
+                work.start,
+                work.job.pages,
+                row=work.job.row if work.last else None,
+                sampling=request.sampling,
+            )
+        return builder.build()
+
+    def _finish(self, step: Step, future: TokensFuture) -> None:
+        tokens = np.asarray(future).tolist()
+        match step:
+            case PrefillStep():
+                results = [(work.job, tokens[i]) for i, work in enumerate(step.blocks) if work.last]
+            case DecodeStep():
+                results = [(job, tokens[job.row]) for job in step.jobs]
+        now = self._clock()
+        for scheduled, token in results:
+            if not scheduled.ended:
+                self._advance(self._jobs[scheduled], token, now)
+
+    def _advance(self, job: Job, token: int, now: float) -> None:
+        """Adds one token to a job and ends it when the token, its text or its number says so."""
+        request = job.request
+        if job.produced == 0:
+            job.first_token_s = now
+        job.produced += 1
+        job.unsent.append(token)
+        text, reason = "", None
+        if token in self._eos_ids and not request.ignore_eos:
+            reason = FinishReason.EOS
+        elif token in request.stop_ids:
+            reason = FinishReason.STOP
+        else:
+            text = job.detokenizer.push(token)
+            if job.detokenizer.stopped:
+                reason = FinishReason.STOP
+        if reason is None and job.produced == request.max_tokens:
+            reason = FinishReason.LENGTH
+        if reason is not None and not job.detokenizer.stopped:
+            text += job.detokenizer.flush()
+        if text or reason is not None:
+            self._send(job, Tokens(job.produced - len(job.unsent), tuple(job.unsent), text))
+            job.unsent.clear()
+        if reason is not None:
+            ended = Ended(
+                finish_reason=reason,
+                tokens_in=len(request.prompt_ids),
+                tokens_out=job.produced,
+                decode_time_ms=(now - job.first_token_s) * 1e3,
+                time_to_first_token_ms=(job.first_token_s - job.submitted_s) * 1e3,
+            )
+            self._end(job, ended)
+
+    def _accept(self, job: Job) -> None:
+        self._jobs[job.scheduled] = job
+        self._scheduler.submit(job.scheduled)
+
+    def _expire(self) -> None:
+        now = self._clock()
+        for job in tuple(self._jobs.values()):
+            if job.request.deadline_s is not None and now >= job.request.deadline_s:
+                self._fail(job, OrcdError(ErrorCode.TIMEOUT, f"the job's deadline passed after {job.produced} tokens"))
+
+    def _fail(self, job: Job, error: OrcdError) -> None:
+        if job.scheduled in self._jobs:
+            self._end(job, Failed(error))
+
+    def _end(self, job: Job, event: Event) -> None:
+        self._scheduler.remove(job.scheduled)
+        del self._jobs[job.scheduled]
+        self._send(job, event)
+
+    def _send(self, job: Job, event: Event) -> None:
+        self._outbox.append((job, event))
+
+    def _hand_off(self) -> None:
+        if self._outbox:
+            batch, self._outbox = self._outbox, []
+            self._deliver(batch)
+
+    def _stop(self) -> None:
+        for job in tuple(self._jobs.values()):
+            self._fail(job, OrcdError(ErrorCode.CANCELLED, "the worker stopped before the job ended"))
+        self._stopping = True
+
+    def _recover(self, cause: Exception) -> None:
+        """Fails every live job; after running out of memory, goes on with a fresh state; after anything else, stops."""
+        error = translate(cause)
+        for job in tuple(self._jobs.values()):
+            self._fail(job, error)
+        self._state = None
+        if is_out_of_memory(error):
+            try:
+                self._state = self._programs.init()
+                return
+            except Exception as again:
+                error = translate(again)
+        self._hand_off()
+        self._stopping = True
+        self._on_fatal(error)

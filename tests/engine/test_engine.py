@@ -1,0 +1,265 @@
+"""The step loop over scripted programs: what each job is told, and when nothing more may follow."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from orcd_jax.engine.engine import Delivery, Engine, Job
+from orcd_jax.engine.prefill_call import PrefillCall
+from orcd_jax.engine.request import Ended, Event, Failed, FinishReason, JobRequest, Tokens
+from orcd_jax.engine.state import DecodeState, EngineShape, zero_state
+from orcd_jax.errors import ErrorCode, OrcdError
+from tests.engine.tiny import TINY
+
+SHAPE = EngineShape(rows=2, block_tokens=8, prefill_blocks=2, page_tokens=4, pages=32, pages_per_job=16)
+EOS = 0
+BYTES = (b"", *(bytes([c]) for c in range(1, 128)))
+WAIT_S = 20.0
+
+
+@dataclass
+class ScriptedPrograms:
+    """Stands in for the device: a row's tokens continue its prompt's last token, letter by letter.
+
+    ``gate`` holds back every step until released, so that a test decides what happens between steps.
+    """
+
+    shape: EngineShape = SHAPE
+    fail_at: int = -1
+    failure: Exception | None = None
+    gate: threading.Semaphore | None = None
+    calls: int = 0
+    inits: int = 0
+    at: dict[int, int] = field(default_factory=dict)
+
+    def init(self) -> DecodeState:
+        self.inits += 1
+        return zero_state(TINY, self.shape)
+
+    def _step(self) -> None:
+        self.calls += 1
+        if self.calls > 2 and self.gate is not None:  # the first two are the warm-up
+            assert self.gate.acquire(timeout=WAIT_S)
+        if self.calls == self.fail_at and self.failure is not None:
+            raise self.failure
+
+    def prefill(self, params: object, state: DecodeState, call: PrefillCall) -> tuple[DecodeState, object]:
+        self._step()
+        out = np.zeros((self.shape.prefill_blocks,), np.int32)
+        for block, (count, row) in enumerate(zip(call.count, call.row, strict=True)):
+            if count and row < self.shape.rows:
+                self.at[int(row)] = int(call.tokens[block, count - 1]) + 1
+                out[block] = self.at[int(row)]
+        return state, out
+
+    def decode(self, params: object, state: DecodeState, run: np.ndarray) -> tuple[DecodeState, object]:
+        self._step()
+        out = np.zeros((self.shape.rows,), np.int32)
+        for row in np.flatnonzero(run):
+            self.at[int(row)] += 1
+            out[row] = self.at[int(row)] % 128
+        return state, out
+
+
+class Harness:
+    """Runs an engine over scripted programs and collects what each job is told."""
+
+    def __init__(self, programs: ScriptedPrograms, clock: Callable[[], float] = lambda: 0.0) -> None:
+        self.programs = programs
+        self.events: dict[Job, list[Event]] = {}
+        self.fatal: list[OrcdError] = []
+        self._changed = threading.Condition()
+        self.engine = Engine(
+            programs,
+            {},
+            token_bytes=BYTES,
+            eos_ids=[EOS],
+            deliver=self._deliver,
+            on_fatal=self._on_fatal,
+            clock=clock,
+        )
+        self.engine.start()
+
+    def _deliver(self, batch: list[Delivery]) -> None:
+        with self._changed:
+            for job, event in batch:
+                self.events.setdefault(job, []).append(event)
+            self._changed.notify_all()
+
+    def _on_fatal(self, error: OrcdError) -> None:
+        with self._changed:
+            self.fatal.append(error)
+            self._changed.notify_all()
+
+    def wait(self, predicate: Callable[[], bool]) -> None:
+        with self._changed:
+            assert self._changed.wait_for(predicate, WAIT_S), (self.events, self.fatal)
+
+    def finish(self, job: Job) -> list[Event]:
+        self.wait(lambda: any(isinstance(e, Ended | Failed) for e in self.events.get(job, [])))
+        return self.events[job]
+
+    def run(self, prompt: str, max_tokens: int = 5, **options: object) -> list[Event]:
+        return self.finish(self.engine.submit(request(prompt, max_tokens, **options)))
+
+
+def request(prompt: str, max_tokens: int = 5, **options: object) -> JobRequest:
+    return JobRequest(job_id="j", prompt_ids=tuple(prompt.encode()), max_tokens=max_tokens, **options)  # type: ignore[arg-type]
+
+
+def text(events: list[Event]) -> str:
+    return "".join(e.text for e in events if isinstance(e, Tokens))
+
+
+def ids(events: list[Event]) -> list[int]:
+    return [i for e in events if isinstance(e, Tokens) for i in e.ids]
+
+
+@pytest.fixture
+def harness() -> Iterator[Harness]:
+    made = Harness(ScriptedPrograms())
+    yield made
+    assert made.engine.stop(WAIT_S)
+
+
+def test_a_job_gets_its_tokens_in_order_and_one_end(harness: Harness) -> None:
+    events = harness.run("a")
+    assert text(events) == "bcdef"
+    assert [e.index for e in events if isinstance(e, Tokens)] == [0, 1, 2, 3, 4]
+    end = events[-1]
+    assert isinstance(end, Ended)
+    assert (end.finish_reason, end.tokens_in, end.tokens_out) == (FinishReason.LENGTH, 1, 5)
+    assert ids(events) == [*b"bcdef"]
+
+
+def test_end_of_sequence_ends_the_job_and_shows_no_text(harness: Harness) -> None:
+    events = harness.run("}", max_tokens=9)  # '~', 127, then 0
+    end = events[-1]
+    assert isinstance(end, Ended)
+    assert end.finish_reason is FinishReason.EOS
+    assert text(events) == "~\x7f"
+    assert ids(events) == [126, 127, EOS]
+    assert end.tokens_out == 3
+
+
+def test_ignore_eos_goes_on(harness: Harness) -> None:
+    events = harness.run("}", max_tokens=4, ignore_eos=True)
+    assert ids(events) == [126, 127, 0, 1]
+
+
+def test_a_stop_string_across_tokens_never_shows(harness: Harness) -> None:
+    events = harness.run("a", max_tokens=20, stop=("de",))
+    end = events[-1]
+    assert isinstance(end, Ended)
+    assert end.finish_reason is FinishReason.STOP
+    assert text(events) == "bc"
+    assert len(ids(events)) == end.tokens_out
+
+
+def test_held_back_text_is_released_at_the_end(harness: Harness) -> None:
+    assert text(harness.run("a", max_tokens=3, stop=("dx",))) == "bcd"
+
+
+def test_a_stop_id_ends_the_job_and_shows_no_text(harness: Harness) -> None:
+    events = harness.run("a", max_tokens=20, stop_ids=frozenset({ord("d")}))
+    assert text(events) == "bc"
+    assert ids(events) == [*b"bcd"]
+
+
+def test_more_jobs_than_rows_all_end(harness: Harness) -> None:
+    jobs = [harness.engine.submit(request(c, 7)) for c in "abcdefg"]
+    assert [text(harness.finish(j)) for j in jobs] == ["".join(chr(ord(c) + i) for i in range(1, 8)) for c in "abcdefg"]
+
+
+@pytest.mark.requirement("WORKER-4254")
+def test_after_a_cancel_no_token_follows() -> None:
+    harness = Harness(ScriptedPrograms(gate=threading.Semaphore(4)))
+    job = harness.engine.submit(request("a", 50))
+    harness.wait(lambda: len(harness.events.get(job, [])) >= 2)
+    harness.engine.cancel(job)
+    harness.engine.cancel(job)
+    for _ in range(3):
+        harness.programs.gate.release()  # type: ignore[union-attr]
+    events = harness.finish(job)
+    last = events[-1]
+    assert isinstance(last, Failed)
+    assert last.error.code is ErrorCode.CANCELLED
+    for _ in range(60):
+        harness.programs.gate.release()  # type: ignore[union-attr]
+    assert text(harness.run("p")) == "qrstu"
+    assert harness.events[job] == events
+    assert harness.programs.calls < 20
+    assert harness.engine.stop(WAIT_S)
+
+
+@pytest.mark.requirement("WORKER-4240")
+def test_a_deadline_is_checked_every_step() -> None:
+    now = [0.0]
+    harness = Harness(ScriptedPrograms(gate=threading.Semaphore(3)), clock=lambda: now[0])
+    job = harness.engine.submit(request("a", 50, deadline_s=10.0))
+    harness.wait(lambda: len(harness.events.get(job, [])) >= 1)
+    now[0] = 10.0
+    for _ in range(3):
+        harness.programs.gate.release()  # type: ignore[union-attr]
+    last = harness.finish(job)[-1]
+    assert isinstance(last, Failed)
+    assert last.error.code is ErrorCode.TIMEOUT
+    assert harness.engine.stop(WAIT_S)
+
+
+@pytest.mark.requirement("WORKER-4032")
+def test_a_device_failure_fails_every_job_and_stops_the_engine() -> None:
+    harness = Harness(ScriptedPrograms(fail_at=5, failure=RuntimeError("boom")))
+    job = harness.engine.submit(request("a", 50))
+    last = harness.finish(job)[-1]
+    assert isinstance(last, Failed)
+    assert last.error.code is ErrorCode.INTERNAL
+    assert "boom" not in last.error.message
+    harness.wait(lambda: bool(harness.fatal))
+    assert harness.engine.stop(WAIT_S)
+
+
+@pytest.mark.requirement("WORKER-4400")
+def test_after_running_out_of_memory_the_next_job_succeeds() -> None:
+    harness = Harness(ScriptedPrograms(fail_at=5, failure=MemoryError()))
+    last = harness.run("a", 50)[-1]
+    assert isinstance(last, Failed)
+    assert last.error.code is ErrorCode.HOST_OOM
+    assert text(harness.run("a")) == "bcdef"
+    assert harness.programs.inits == 2
+    assert harness.fatal == []
+    assert harness.engine.stop(WAIT_S)
+
+
+def test_stopping_fails_what_still_runs() -> None:
+    harness = Harness(ScriptedPrograms(gate=threading.Semaphore(2)))
+    job = harness.engine.submit(request("a", 50))
+    harness.wait(lambda: len(harness.events.get(job, [])) >= 1)
+    for _ in range(50):
+        harness.programs.gate.release()  # type: ignore[union-attr]
+    assert harness.engine.stop(WAIT_S)
+    assert sum(isinstance(e, Ended | Failed) for e in harness.events[job]) == 1
+
+
+@pytest.mark.parametrize(
+    ("prompt_ids", "max_tokens", "field"),
+    [((1,) * 60, 5, "max_tokens"), ((), 5, "prompt"), ((1,), 0, "prompt"), ((128,), 1, "prompt_token_ids")],
+)
+@pytest.mark.requirement("WORKER-4410")
+def test_a_job_that_could_never_run_is_refused_at_the_door(
+    harness: Harness, prompt_ids: tuple[int, ...], max_tokens: int, field: str
+) -> None:
+    with pytest.raises(OrcdError) as caught:
+        harness.engine.submit(JobRequest(job_id="j", prompt_ids=prompt_ids, max_tokens=max_tokens))
+    assert caught.value.code is ErrorCode.INVALID_PARAMS
+    assert caught.value.field == field
+
+
+def test_scripted_state_has_the_real_shape() -> None:
+    assert zero_state(TINY, SHAPE).tokens.dtype == jnp.int32
