@@ -170,9 +170,9 @@ def canonical_json(value: object) -> bytes:
 def model_digest(
     config: LlamaConfig, tokenizer: TokenizerEntry, files: Sequence[FileEntry], tensors: Sequence[TensorEntry]
 ) -> str:
-    """The model digest: SHA-256 over what decides an answer.
+    r"""The model digest: SHA-256 over what decides an answer.
 
-        SHA-256( "orcd-model-v1\\0" ‖ SHA-256(canonical JSON of {config, tokenizer, files}) ‖ tensor digests )
+        SHA-256( "orcd-model-v1\0" ‖ SHA-256(canonical JSON of {config, tokenizer, files}) ‖ tensor digests )
 
     ``files`` maps each file outside ``arrays/`` to its SHA-256; tensor digests are 32 raw bytes each, in path order.
     """
@@ -214,7 +214,8 @@ def read_manifest(directory: Path) -> Manifest:
     version = value.get("format_version") if isinstance(value, dict) else None
     if isinstance(value, dict) and value.get("format") == FORMAT and version != FORMAT_VERSION:
         raise _failed(
-            f"manifest.json has format_version {version!r:.20}; this worker reads {FORMAT_VERSION}: convert the model again"
+            f"manifest.json has format_version {version!r:.20}; this worker reads {FORMAT_VERSION}: "
+            "convert the model again"
         )
     try:
         return Manifest.model_validate_json(raw)

@@ -17,12 +17,12 @@ from pydantic import ValidationError
 from orcd_jax.checkpoint.convert.gguf_blocks import dequantize
 from orcd_jax.checkpoint.convert.gguf_reader import GgufFile, GgufValue, read_gguf
 from orcd_jax.checkpoint.convert.gguf_tokenizer import build_tokenizer
+from orcd_jax.checkpoint.convert.source import Dtype, model_id_of, shown
 from orcd_jax.checkpoint.manifest import TokenizerEntry
 from orcd_jax.errors import ErrorCode, OrcdError
 from orcd_jax.models.config import LlamaConfig, RopeScaling, WeightDtype
 from orcd_jax.models.rope import inverse_frequencies
 
-Dtype = Literal["auto", "float32", "bfloat16"]
 Value = TypeVar("Value", int, float, str)
 
 _ROPE_FACTORS = "rope_freqs.weight"
@@ -113,7 +113,7 @@ def open_gguf(path: Path, dtype: Dtype) -> GgufSource:
     if architecture != "llama":
         raise _refuse(
             "general.architecture",
-            f"{_clean(architecture)} is not supported; supported is llama (Llama 2, 3, 3.1, 3.2, SmolLM2 and kin)",
+            f"{shown(architecture)} is not supported; supported is llama (Llama 2, 3, 3.1, 3.2, SmolLM2 and kin)",
         )
     gguf_names = {hf: name for name in file.tensors if (hf := _hf_name(name)) is not None}
     matrices = {t.type for t in file.tensors.values() if len(t.shape) > 1}
@@ -148,7 +148,7 @@ def _hf_name(name: str) -> str | None:
             return f"{_TOP[match[1]]}.weight"
     elif (match := re.fullmatch(r"blk\.(0|[1-9]\d{0,3})\.(\w+)\.(weight|bias)", name)) and match[2] in _LAYER:
         return f"model.layers.{match[1]}.{_LAYER[match[2]]}.{match[3]}"
-    raise _refuse("tensors", f"{_clean(name)} is not part of a llama model; nothing is dropped silently")
+    raise _refuse("tensors", f"{shown(name)} is not part of a llama model; nothing is dropped silently")
 
 
 def _config(file: GgufFile, names: Mapping[str, str], dtype: WeightDtype) -> LlamaConfig:
@@ -157,7 +157,7 @@ def _config(file: GgufFile, names: Mapping[str, str], dtype: WeightDtype) -> Lla
         key for key in meta if key.startswith("llama.") and key[6:] not in _KNOWN_KEYS and not _is_off(key, meta[key])
     )
     if unknown:
-        raise _refuse(_clean(unknown[0]), "this setting is not supported and may change the model's formulas")
+        raise _refuse(shown(unknown[0]), "this setting is not supported and may change the model's formulas")
     heads = _get(meta, "llama.attention.head_count", int)
     hidden = _get(meta, "llama.embedding_length", int)
     head_dim = _get(meta, "llama.attention.key_length", int, hidden // max(heads, 1))
@@ -215,7 +215,7 @@ def _rope_scaling(file: GgufFile, config: LlamaConfig) -> RopeScaling | None:
             original_context=_get(meta, "llama.rope.scaling.original_context_length", int),
             attention_factor=None if scale == 1.0 else scale * (0.1 * math.log(factor) + 1.0),
         )
-    raise _refuse("llama.rope.scaling.type", f"{_clean(kind)} is not supported; supported are none, linear, yarn")
+    raise _refuse("llama.rope.scaling.type", f"{shown(kind)} is not supported; supported are none, linear, yarn")
 
 
 def _llama3_scaling(file: GgufFile, config: LlamaConfig) -> RopeScaling:
@@ -258,12 +258,7 @@ def _short(value: float) -> float:
 
 def _model_id(file: GgufFile) -> str:
     name = file.metadata.get("general.name")
-    text = name if isinstance(name, str) and name.strip() else file.path.stem
-    return re.sub(r"[^A-Za-z0-9\-_/:.@=]+", "-", text.strip())[:512].strip("-") or "model"
-
-
-def _clean(text: str) -> str:
-    return "".join(c if c.isascii() and c.isprintable() else "?" for c in text[:64])
+    return model_id_of(name if isinstance(name, str) and name.strip() else file.path.stem)
 
 
 def _refuse(field: str, problem: str) -> OrcdError:

@@ -18,12 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from orcd_jax.checkpoint.convert.gguf_blocks import BLOCKS, TENSOR_TYPES
+from orcd_jax.checkpoint.convert.source import shown
 from orcd_jax.errors import ErrorCode, OrcdError
 
 MAX_TENSORS = 10_000
 MAX_METADATA = 1_000
-MAX_KEY_BYTES = 64 * 1024
-MAX_STRING_BYTES = 1024 * 1024  # values: a chat template can be long
+MAX_STRING_BYTES = 64 * 1024  # the longest string there is: a chat template, of 1 to 16 KB
 MAX_ARRAY = 2**21  # elements: the largest vocabularies have 2^18
 MAX_DIMS = 4
 MAX_DIM = 2**40
@@ -117,42 +117,42 @@ class _Reader:
         metadata: dict[str, GgufValue] = {}
         for _ in range(n_metadata):
             at = self._at
-            key = self._string("metadata key", MAX_KEY_BYTES)
+            key = self._string("metadata key", MAX_STRING_BYTES)
             if key in metadata:
-                raise self._refuse("metadata key", at, "each key once", f"{_shown(key)} twice")
-            metadata[key] = self._value(_shown(key))
+                raise self._refuse("metadata key", at, "each key once", f"{shown(key)} twice")
+            metadata[key] = self._value(shown(key))
         alignment = metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or isinstance(alignment, bool) or alignment not in ALIGNMENTS:
-            raise self._refuse("general.alignment", self._at, "a power of two from 8 to 4096", _shown(str(alignment)))
+            raise self._refuse("general.alignment", self._at, "a power of two from 8 to 4096", shown(str(alignment)))
         infos = [self._tensor_info() for _ in range(n_tensors)]
         data = -(-self._at // alignment) * alignment
         return GgufFile(path, int(version), alignment, metadata, self._place(infos, data, alignment))
 
     def _tensor_info(self) -> tuple[str, str, tuple[int, ...], int, int]:
         at = self._at
-        name = self._string("tensor name", MAX_KEY_BYTES)
-        shown = _shown(name)
-        n_dims = self._scalar("<I", f"{shown}: n_dims")
+        name = self._string("tensor name", MAX_STRING_BYTES)
+        label = shown(name)
+        n_dims = self._scalar("<I", f"{label}: n_dims")
         if not 1 <= n_dims <= MAX_DIMS:
-            raise self._refuse(f"{shown}: n_dims", self._at - 4, f"1 to {MAX_DIMS}", str(n_dims))
+            raise self._refuse(f"{label}: n_dims", self._at - 4, f"1 to {MAX_DIMS}", str(n_dims))
         dims = []
         for index in range(int(n_dims)):
-            dim = int(self._scalar("<Q", f"{shown}: dimension {index}"))
+            dim = int(self._scalar("<Q", f"{label}: dimension {index}"))
             if not 1 <= dim <= MAX_DIM:
-                raise self._refuse(f"{shown}: dimension {index}", self._at - 8, f"1 to {MAX_DIM}", str(dim))
+                raise self._refuse(f"{label}: dimension {index}", self._at - 8, f"1 to {MAX_DIM}", str(dim))
             dims.append(dim)
-        kind = int(self._scalar("<I", f"{shown}: type"))
+        kind = int(self._scalar("<I", f"{label}: type"))
         if kind not in TENSOR_TYPES:
             supported = ", ".join(sorted(BLOCKS))
-            raise self._refuse(f"{shown}: type", self._at - 4, f"one of {supported}", f"ggml type {kind}")
+            raise self._refuse(f"{label}: type", self._at - 4, f"one of {supported}", f"ggml type {kind}")
         type_name = TENSOR_TYPES[kind]
         elements, n_bytes = BLOCKS[type_name]
         if dims[0] % elements:
-            raise self._refuse(f"{shown}: dimension 0", at, f"a multiple of {elements} for {type_name}", str(dims[0]))
+            raise self._refuse(f"{label}: dimension 0", at, f"a multiple of {elements} for {type_name}", str(dims[0]))
         total = math.prod(dims) // elements * n_bytes
         if total > self._size:
-            raise self._refuse(f"{shown}: size", at, f"at most the file's {self._size} bytes", f"{total} bytes")
-        offset = int(self._scalar("<Q", f"{shown}: offset"))
+            raise self._refuse(f"{label}: size", at, f"at most the file's {self._size} bytes", f"{total} bytes")
+        offset = int(self._scalar("<Q", f"{label}: offset"))
         return name, type_name, tuple(reversed(dims)), offset, total
 
     def _place(
@@ -160,14 +160,14 @@ class _Reader:
     ) -> dict[str, GgufTensor]:
         tensors: dict[str, GgufTensor] = {}
         for name, type_name, shape, offset, n_bytes in infos:
-            shown = _shown(name)
+            label = shown(name)
             if name in tensors:
-                raise self._refuse(f"{shown}: name", self._at, "each tensor once", "it twice")
+                raise self._refuse(f"{label}: name", self._at, "each tensor once", "it twice")
             if offset % alignment:
-                raise self._refuse(f"{shown}: offset", self._at, f"a multiple of {alignment}", str(offset))
+                raise self._refuse(f"{label}: offset", self._at, f"a multiple of {alignment}", str(offset))
             if data + offset + n_bytes > self._size:
                 raise self._refuse(
-                    f"{shown}: data",
+                    f"{label}: data",
                     data + offset,
                     f"{n_bytes} bytes inside the file",
                     f"a file that ends at {self._size}: it is truncated or its header is wrong",
@@ -177,7 +177,7 @@ class _Reader:
         for first, second in itertools.pairwise(ordered):
             if first.offset + first.n_bytes > second.offset:
                 raise self._refuse(
-                    f"{_shown(second.name)}: offset", second.offset, "its own bytes", f"those of {_shown(first.name)}"
+                    f"{shown(second.name)}: offset", second.offset, "its own bytes", f"those of {shown(first.name)}"
                 )
         return tensors
 
@@ -255,8 +255,3 @@ class _Reader:
             f"not a valid GGUF file: {field} at byte {offset}: expected {expected}, found {found}",
             field=field,
         )
-
-
-def _shown(text: str) -> str:
-    """Untrusted text, safe to show: printable ASCII, short."""
-    return "".join(c if c.isascii() and c.isprintable() else "?" for c in text[:64])

@@ -1,0 +1,354 @@
+"""A Hugging Face model directory as a source of weights: config.json, safetensors and tokenizer.json.
+
+Nothing in the directory is executed, and no pickle is read: weights in other files than safetensors are refused.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+
+from orcd_jax.checkpoint.convert.source import Dtype, model_id_of, shown
+from orcd_jax.checkpoint.manifest import TokenizerEntry
+from orcd_jax.errors import ErrorCode, OrcdError
+from orcd_jax.models.config import LlamaConfig, RopeScaling, WeightDtype
+from orcd_jax.tokenizer.token_bytes import tokenizer_kind
+
+MAX_JSON_BYTES = 64 * 1024 * 1024
+MAX_TOKENIZER_BYTES = 256 * 1024 * 1024
+MAX_FILES = 1_000
+
+Json = Mapping[str, object]
+Value = TypeVar("Value", int, float, bool, str)
+
+_EMBED, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+# Stored by old versions of transformers; recomputed from the configuration here.
+_BUFFERS = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+_DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+# Settings that change the formulas, and the only value each may have.
+_FIXED: dict[str, tuple[object, ...]] = {
+    "hidden_act": ("silu", None),
+    "partial_rotary_factor": (1, 1.0, None),
+    "rope_interleaved": (False, None),
+    "sliding_window": (None,),
+    "quantization_config": (None,),
+    "num_local_experts": (0, None),
+    "logit_scale": (1, 1.0, None),
+    "final_logit_softcapping": (None,),
+    "attn_logit_softcapping": (None,),
+}
+_ROPE_KINDS = ("linear", "llama3", "yarn")
+_ROPE_KNOWN = {
+    "rope_type",
+    "type",
+    "rope_theta",
+    "factor",
+    "original_max_position_embeddings",
+    "low_freq_factor",
+    "high_freq_factor",
+    "beta_fast",
+    "beta_slow",
+    "attention_factor",
+    "truncate",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HuggingFaceSource:
+    """Implements ``WeightSource`` over one directory. Reads tensors from their files as they are asked for."""
+
+    format: Literal["safetensors"] = "safetensors"
+    config: LlamaConfig
+    model_id: str
+    tokenizer: TokenizerEntry
+    tokenizer_json: bytes
+    chat_template: str | None
+    tensor_types: tuple[str, ...]
+    paths: tuple[Path, ...]
+    tensors: Mapping[str, tuple[Path, tuple[int, ...], str]]
+
+    def names(self) -> frozenset[str]:
+        """All tensors."""
+        return frozenset(self.tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor."""
+        return self.tensors[name][1]
+
+    def tensor(self, name: str) -> NDArray[np.generic]:
+        """A tensor's exact values: bfloat16 as stored, float16 as float32."""
+        values = _read_tensor(self.tensors[name][0], name)
+        return values.astype(np.float32) if values.dtype == np.float16 else values
+
+
+def open_huggingface(directory: Path, dtype: Dtype) -> HuggingFaceSource:
+    """Opens a model directory whose architecture is supported.
+
+    Args:
+      directory: holds config.json, tokenizer.json and model.safetensors or its shards with their index.
+      dtype: of the checkpoint; ``auto`` is bfloat16 when every matrix is BF16 and float32 otherwise, so never rounds.
+
+    Raises:
+      OrcdError: MODEL_LOAD_FAILED, naming the file and the field or tensor.
+    """
+    if not directory.is_dir():
+        raise _refuse(directory.name, "it is not a directory with config.json, tokenizer.json and safetensors files")
+    settings = _read_json(directory / "config.json")
+    _check_settings(settings)
+    tensors = _tensors(directory)
+    if settings.get("tie_word_embeddings") is True and {_HEAD, _EMBED} <= tensors.keys():
+        # Some files repeat the embedding as a head.
+        head, embed = (_read_tensor(tensors[name][0], name) for name in (_HEAD, _EMBED))
+        if not np.array_equal(head, embed):
+            raise _refuse("config.json", "tie_word_embeddings is true, but lm_head.weight is not the embedding")
+        del tensors[_HEAD]
+    matrices = {kind for _, shape, kind in tensors.values() if len(shape) > 1}
+    weights: WeightDtype = "bfloat16" if matrices == {"BF16"} else "float32"
+    if dtype != "auto":
+        weights = dtype
+    tokenizer_json = _read_bytes(directory / "tokenizer.json", MAX_TOKENIZER_BYTES)
+    extra = _read_json(directory / "tokenizer_config.json", optional=True)
+    generation = _read_json(directory / "generation_config.json", optional=True)
+    used = ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja")
+    return HuggingFaceSource(
+        config=_config(settings, tensors, weights),
+        model_id=model_id_of(directory.resolve().name),
+        tokenizer=_tokenizer(tokenizer_json, settings, generation, extra),
+        tokenizer_json=tokenizer_json,
+        chat_template=_chat_template(directory, extra),
+        tensor_types=tuple(sorted({kind for _, _, kind in tensors.values()})),
+        paths=(
+            *(directory / name for name in used if (directory / name).is_file()),
+            *sorted({path for path, _, _ in tensors.values()}),
+        ),
+        tensors=tensors,
+    )
+
+
+# -- tensors -------------------------------------------------------------------------------------------------------
+
+
+def _tensors(directory: Path) -> dict[str, tuple[Path, tuple[int, ...], str]]:
+    """File, shape and stored dtype of every tensor."""
+    found: dict[str, tuple[Path, tuple[int, ...], str]] = {}
+    for path in _weight_files(directory):
+        try:
+            with safe_open(path, framework="np") as file:
+                for name in file.keys():  # noqa: SIM118 - not a dict
+                    kind = str(file.get_slice(name).get_dtype())
+                    if _BUFFERS.fullmatch(name):
+                        continue
+                    if name in found:
+                        raise _refuse(path.name, f"tensor {shown(name)} is in {found[name][0].name} too")
+                    if kind not in _DTYPES:
+                        raise _refuse(
+                            path.name,
+                            f"tensor {shown(name)} is of type {kind}; supported are {', '.join(sorted(_DTYPES))}",
+                        )
+                    found[name] = (path, tuple(file.get_slice(name).get_shape()), kind)
+        except (SafetensorError, OSError) as error:
+            raise _unreadable(path, error) from None
+    if not found:
+        raise _refuse(directory.name, "its safetensors files hold no tensor")
+    return found
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    if (directory / _WEIGHTS).is_file():
+        return [directory / _WEIGHTS]
+    if not (directory / _INDEX).is_file():
+        others = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in directory.glob(pattern))
+        hint = f"; {shown(others[0])} is a pickle, which may run code: save it as safetensors" if others else ""
+        raise _refuse(directory.name, f"it has neither {_WEIGHTS} nor {_INDEX}{hint}")
+    places = _read_json(directory / _INDEX).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise _refuse(_INDEX, "weight_map is missing")
+    names = sorted({str(name) for name in places.values()})
+    if len(names) > MAX_FILES:
+        raise _refuse(_INDEX, f"it names {len(names)} files; the limit is {MAX_FILES}")
+    for name in names:
+        if not re.fullmatch(r"[A-Za-z0-9._-]+\.safetensors", name):
+            raise _refuse(_INDEX, "weight_map names a file that is not NAME.safetensors in the same folder")
+        if not (directory / name).is_file():
+            raise _refuse(_INDEX, f"{name} is missing: download the model again")
+    return [directory / name for name in names]
+
+
+def _read_tensor(path: Path, name: str) -> NDArray[np.generic]:
+    try:
+        with safe_open(path, framework="np") as file:
+            values: NDArray[np.generic] = file.get_tensor(name)
+            return values
+    except (SafetensorError, OSError) as error:
+        raise _unreadable(path, error) from None
+
+
+# -- configuration -------------------------------------------------------------------------------------------------
+
+
+def _check_settings(settings: Json) -> None:
+    kind = settings.get("model_type")
+    if kind != "llama":
+        raise _refuse(
+            "config.json",
+            f"model_type {shown(str(kind))} is not supported; supported is llama "
+            "(Llama 2, 3, 3.1, 3.2, SmolLM2 and kin)",
+        )
+    for key, allowed in _FIXED.items():
+        if settings.get(key) not in allowed:
+            raise _refuse("config.json", f"{key} is {shown(str(settings[key]))}; supported is {allowed[0]}")
+
+
+def _config(
+    settings: Json, tensors: Mapping[str, tuple[Path, tuple[int, ...], str]], dtype: WeightDtype
+) -> LlamaConfig:
+    heads, hidden = _get(settings, "num_attention_heads", int), _get(settings, "hidden_size", int)
+    rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise _refuse("config.json", "rope_scaling is not an object")
+    theta = _get(rope, "rope_theta", float, _get(settings, "rope_theta", float, 10_000.0))
+    head_dim = settings.get("head_dim")
+    try:
+        return LlamaConfig(
+            vocab_size=_get(settings, "vocab_size", int),
+            hidden_size=hidden,
+            num_layers=_get(settings, "num_hidden_layers", int),
+            num_heads=heads,
+            num_kv_heads=_get(settings, "num_key_value_heads", int, heads),
+            head_dim=hidden // max(heads, 1) if head_dim is None else _get(settings, "head_dim", int),
+            mlp_size=_get(settings, "intermediate_size", int),
+            norm_eps=_get(settings, "rms_norm_eps", float, 1e-6),
+            rope_theta=theta,
+            rope_scaling=_rope_scaling(rope),
+            tied_embeddings=_get(settings, "tie_word_embeddings", bool, default=False),
+            attention_bias=_get(settings, "attention_bias", bool, default=False),
+            mlp_bias=_get(settings, "mlp_bias", bool, default=False),
+            context_max=_get(settings, "max_position_embeddings", int, 2048),
+            dtype=dtype,
+        )
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the whole"
+        raise _refuse("config.json", f"{where} cannot be: {first['msg']}") from None
+
+
+def _rope_scaling(rope: Json) -> RopeScaling | None:
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return None
+    if kind not in _ROPE_KINDS:
+        raise _refuse("config.json", f"rope_type {shown(str(kind))} is not supported; supported are {_ROPE_KINDS}")
+    if unknown := sorted(key for key in rope.keys() - _ROPE_KNOWN if rope[key] is not None):
+        raise _refuse("config.json", f"rope_scaling: {shown(unknown[0])} is not supported")
+    given: dict[str, object] = {"kind": kind, "factor": _get(rope, "factor", float)}
+    if rope.get("original_max_position_embeddings") is not None:
+        given["original_context"] = _get(rope, "original_max_position_embeddings", int)
+    for name in ("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "attention_factor"):
+        if rope.get(name) is not None:
+            given[name] = _get(rope, name, float)
+    if rope.get("truncate") is not None:
+        given["truncate"] = _get(rope, "truncate", bool)
+    return RopeScaling.model_validate(given)
+
+
+# -- tokenizer -----------------------------------------------------------------------------------------------------
+
+
+def _tokenizer(tokenizer_json: bytes, settings: Json, generation: Json, extra: Json) -> TokenizerEntry:
+    vocab_size = _get(settings, "vocab_size", int)
+    ends = {i for source in (settings, generation) for i in _token_ids(source, "eos_token_id", vocab_size)}
+    if not ends:
+        raise _refuse("config.json", "eos_token_id is missing, here and in generation_config.json")
+    starts = _token_ids(settings, "bos_token_id", vocab_size)
+    add_bos = _get(extra, "add_bos_token", bool, default=False)
+    return TokenizerEntry(
+        kind=tokenizer_kind(tokenizer_json),
+        bos_id=starts[0] if starts else None,
+        eos_ids=tuple(sorted(ends)),
+        add_bos=add_bos and bool(starts),
+    )
+
+
+def _token_ids(source: Json, key: str, vocab_size: int) -> list[int]:
+    value = source.get(key)
+    given: list[object] = value if isinstance(value, list) else [] if value is None else [value]
+    ids = [i for i in given if isinstance(i, int) and not isinstance(i, bool) and 0 <= i < vocab_size]
+    if len(ids) != len(given):
+        raise _refuse("config.json", f"{key} must be a token id below {vocab_size}, or a list of such")
+    return ids
+
+
+def _chat_template(directory: Path, extra: Json) -> str | None:
+    path = directory / "chat_template.jinja"
+    if path.is_file():
+        try:
+            return _read_bytes(path, MAX_JSON_BYTES).decode()
+        except UnicodeDecodeError:
+            raise _refuse(path.name, "it is not UTF-8") from None
+    value = extra.get("chat_template")
+    if isinstance(value, list):  # several, by name
+        named = {item.get("name"): item.get("template") for item in value if isinstance(item, dict)}
+        value = named.get("default")
+    return value if isinstance(value, str) else None
+
+
+# -- files ---------------------------------------------------------------------------------------------------------
+
+
+def _get(source: Json, key: str, kind: type[Value], default: Value | None = None) -> Value:
+    """A value of a JSON object; ``default`` when it is absent or null, unless that is None."""
+    value = source.get(key)
+    if value is None:
+        value = default
+    if value is None:
+        raise _refuse("config.json", f"{key} is missing")
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, kind) or isinstance(value, bool) is not (kind is bool):
+        raise _refuse("config.json", f"{key} must be of type {kind.__name__}")
+    return value
+
+
+def _read_json(path: Path, *, optional: bool = False) -> Json:
+    if optional and not path.is_file():
+        return {}
+    try:
+        value = json.loads(_read_bytes(path, MAX_JSON_BYTES))
+    except (ValueError, RecursionError):
+        raise _refuse(path.name, "it is not valid JSON") from None
+    if not isinstance(value, dict):
+        raise _refuse(path.name, "it is not a JSON object")
+    return value
+
+
+def _read_bytes(path: Path, most: int) -> bytes:
+    try:
+        with path.open("rb") as file:
+            raw = file.read(most + 1)
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    if len(raw) > most:
+        raise _refuse(path.name, f"it is larger than {most} bytes")
+    return raw
+
+
+def _unreadable(path: Path, error: Exception) -> OrcdError:
+    reason = (error.strerror or type(error).__name__) if isinstance(error, OSError) else "truncated or not safetensors"
+    return _refuse(path.name, f"it cannot be read ({reason})")
+
+
+def _refuse(file: str, problem: str) -> OrcdError:
+    return OrcdError(
+        ErrorCode.MODEL_LOAD_FAILED, f"the model cannot be converted: {shown(file)}: {problem}", field=file
+    )

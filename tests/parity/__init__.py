@@ -1,0 +1,1 @@
+"""Comparisons with independent implementations, and with the golden tokens they made."""
