@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import jax
 
 from orcd_jax.errors import ErrorCode, OrcdError
@@ -23,6 +26,15 @@ def translate(error: Exception) -> OrcdError:
             return OrcdError(ErrorCode.VRAM_OOM, "the device ran out of memory; lower --slots_total or --max_context")
         return OrcdError(ErrorCode.CUDA_ERROR, f"the device failed ({status[:40]})")
     return OrcdError(ErrorCode.INTERNAL, f"an internal error ({type(error).__name__})")
+
+
+@contextlib.contextmanager
+def translated() -> Iterator[None]:
+    """Turns what a device raises inside into its typed error; everything else passes."""
+    try:
+        yield
+    except (jax.errors.JaxRuntimeError, MemoryError) as error:
+        raise translate(error) from error
 
 
 def is_out_of_memory(error: OrcdError) -> bool:
