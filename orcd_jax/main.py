@@ -277,7 +277,9 @@ async def _serve_model(config: WorkerConfig) -> ExitCode:
     return await serve(
         config,
         worker=worker,
-        listen=lambda: start_server(worker, host=config.bind_address, port=config.rpc_port, tokens=tokens),
+        listen=lambda: start_server(
+            worker, host=config.bind_address, port=config.rpc_port, tokens=tokens, on_shutdown=stopping.set
+        ),
         readiness=lambda: _readiness(config, worker),
         callback_token=callback_token,
         stopping=stopping,

@@ -179,8 +179,8 @@ class Worker:
             self._failure.set_result(error)
 
     async def drain(self, timeout_s: float) -> None:
-        """Refuses new jobs and waits for running ones, at most ``timeout_s`` seconds."""
-        if self.lifecycle.state in (State.DRAINING, State.STOPPED):
+        """Refuses new jobs and waits for running ones, at most ``timeout_s`` seconds. Each call waits anew."""
+        if self.lifecycle.state is State.STOPPED:
             return
         self.lifecycle.move(State.DRAINING)
         get_logger().info(
