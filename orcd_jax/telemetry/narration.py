@@ -18,12 +18,17 @@ def size(count: int) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Time as a person says it: ``40 ms``, ``3.2 s``, ``2 min 5 s``."""
+    """Time as a person says it: ``40 ms``, ``3.2 s``, ``2 min 5 s``, ``5 h 10 min``, ``3 d 4 h``."""
     if seconds < 1:
         return f"{seconds * 1000:.0f} ms"
     if seconds < 60:
         return f"{seconds:.1f} s"
-    return f"{int(seconds) // 60} min {int(seconds) % 60} s"
+    minutes = int(seconds) // 60
+    if minutes < 60:
+        return f"{minutes} min {int(seconds) % 60} s"
+    if minutes < 24 * 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes // 1440} d {minutes % 1440 // 60} h"
 
 
 def count(number: int, thing: str) -> str:

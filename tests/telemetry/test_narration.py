@@ -17,7 +17,18 @@ def test_sizes_are_said_in_powers_of_ten(count: int, said: str) -> None:
     assert narration.size(count) == said
 
 
-@pytest.mark.parametrize(("seconds", "said"), [(0.04, "40 ms"), (3.21, "3.2 s"), (59.9, "59.9 s"), (125, "2 min 5 s")])
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [
+        (0.04, "40 ms"),
+        (3.21, "3.2 s"),
+        (59.9, "59.9 s"),
+        (125, "2 min 5 s"),
+        (3600, "1 h 0 min"),
+        (86_399, "23 h 59 min"),
+        (5 * 86_400 + 7200, "5 d 2 h"),
+    ],
+)
 def test_durations_are_said_in_the_unit_that_fits(seconds: float, said: str) -> None:
     assert narration.duration(seconds) == said
 
