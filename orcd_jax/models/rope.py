@@ -26,7 +26,11 @@ def inverse_frequencies(config: LlamaConfig) -> tuple[Frequencies, float]:
       for yarn).
     """
     exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
-    plain = (np.float32(1.0) / np.power(np.float32(config.rope_theta), exponents)).astype(np.float32)
+    # Powers in float64, then rounded: float32 powers differ in the last bit from processor to processor, and with them
+    # the digest of the same model. Everything else here is exact by IEEE 754.
+    theta = float(np.float32(config.rope_theta))
+    powers = np.array([math.pow(theta, exponent) for exponent in exponents.tolist()], np.float64).astype(np.float32)
+    plain = (np.float32(1.0) / powers).astype(np.float32)
     scaling = config.rope_scaling
     if scaling is None:
         return plain, 1.0
