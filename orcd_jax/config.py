@@ -20,8 +20,8 @@ from orcd_jax.errors import ErrorCode, OrcdError
 
 # Tokens in a prefill block: the grid on which prompts are computed and prefixes shared.
 BLOCK_TOKENS = 128
-# Rows of the decode program. A CPU step costs 17 ms at 1 row and 38 ms at 8 (SmolLM2-135M, two cores): few rows keep a
-# development run alive. A GPU step is bound by reading the weights, so rows are almost free up to 64.
+# Rows of the decode program. A CPU step costs 3 times as much at 4 rows as at 1, idle or not (SmolLM2-135M, two cores):
+# few rows keep a development run alive. A GPU step is bound by reading the weights: rows are almost free up to 64.
 DEFAULT_SLOTS = {"cpu": 4, "cuda": 64}
 # A GPU needs about 1 024 tokens a call to keep its matrix units busy; a CPU gains nothing from larger calls.
 DEFAULT_PREFILL_TOKENS = {"cpu": 128, "cuda": 1024}
@@ -135,6 +135,11 @@ class WorkerConfig(BaseModel):
         default=30_000, description="Milliseconds running jobs get to finish after the first SIGTERM."
     )
 
+    compile_cache_dir: Annotated[Path | None, Flag(_OPERATION, "a directory that only its owner can use")] = Field(
+        default=None,
+        description="Directory that keeps compiled programs, so that a restart runs the same code without compiling. "
+        "It holds code that is run: made with mode 0700, and refused when others can use it.",
+    )
     allow_root: Annotated[bool, Flag(_OPERATION, "true or false")] = Field(
         default=False, description="Run as root, which is refused otherwise."
     )
@@ -176,7 +181,7 @@ class WorkerConfig(BaseModel):
             raise ValueError
         return value
 
-    @field_validator("model_path", "api_token_file", "callback_token_file")
+    @field_validator("model_path", "api_token_file", "callback_token_file", "compile_cache_dir")
     @classmethod
     def _path(cls, value: Path | None) -> Path | None:
         if value is None:

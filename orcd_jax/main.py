@@ -98,17 +98,39 @@ def refuse_root(config: WorkerConfig, user: int) -> None:
 
 
 def set_environment(config: WorkerConfig, environment: MutableMapping[str, str]) -> None:
-    """Fixes the platform and the device mask before JAX is imported (WORKER-4020).
+    """Fixes the platform, the device mask and the compile cache before JAX is imported (WORKER-4020).
 
     Raises:
-      ConfigError: CUDA_VISIBLE_DEVICES is set and shows fewer GPUs than --gpu_device needs.
+      ConfigError: CUDA_VISIBLE_DEVICES is set and shows fewer GPUs than --gpu_device needs; or the directory of the
+        compile cache is not private.
     """
     environment["JAX_PLATFORMS"] = config.platform
+    environment.pop("JAX_COMPILATION_CACHE_DIR", None)  # compiled code is run only from where the flag says
+    if config.compile_cache_dir is not None:
+        environment["JAX_COMPILATION_CACHE_DIR"] = str(private_directory(config.compile_cache_dir))
+        environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     environment.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's banners; its errors still show
     if config.platform == "cuda":
         environment["CUDA_VISIBLE_DEVICES"] = device_mask(config.gpu_device, environment)
         # Indices as nvidia-smi counts them, unless a mask was made by another order.
         environment.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+
+
+def private_directory(path: Path) -> Path:
+    """Makes the directory of the compile cache, or checks that it is ours alone."""
+    flag = "--compile_cache_dir"
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = path.stat()
+    except OSError as error:
+        raise ConfigError(
+            [f"{flag}: it cannot be made ({error.strerror}): choose another, or check permissions"]
+        ) from None
+    if status.st_mode & 0o077:
+        raise ConfigError([f"{flag}: others can use it (mode {status.st_mode & 0o777:04o}): run `chmod 700` on it"])
+    if status.st_uid != os.geteuid():
+        raise ConfigError([f"{flag}: it belongs to another user: choose one of your own"])
+    return path.resolve()
 
 
 def device_mask(index: int, environment: Mapping[str, str]) -> str:

@@ -96,6 +96,25 @@ def test_a_gpu_beyond_the_mask_is_refused(outer: str, index: int) -> None:
         main.set_environment(parsed("--standalone", f"--gpu_device={index}"), {"CUDA_VISIBLE_DEVICES": outer})
 
 
+def test_compiled_code_is_kept_only_in_a_private_directory(tmp_path: Path) -> None:
+    environment = {"JAX_COMPILATION_CACHE_DIR": "/tmp/anybody"}
+    main.set_environment(parsed("--standalone", "--platform=cpu"), environment)
+    assert "JAX_COMPILATION_CACHE_DIR" not in environment
+    cache = tmp_path / "compiled"
+    main.set_environment(parsed("--standalone", "--platform=cpu", f"--compile_cache_dir={cache}"), environment)
+    assert environment["JAX_COMPILATION_CACHE_DIR"] == str(cache)
+    assert cache.stat().st_mode & 0o777 == 0o700
+    cache.chmod(0o750)
+    with pytest.raises(ConfigError, match=r"--compile_cache_dir: others can use it \(mode 0750\): run `chmod 700`"):
+        main.set_environment(parsed("--standalone", "--platform=cpu", f"--compile_cache_dir={cache}"), environment)
+
+
+def test_a_compile_cache_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="--compile_cache_dir: it cannot be made"):
+        main.set_environment(parsed("--standalone", f"--compile_cache_dir={tmp_path}/file/cache"), {})
+
+
 # -- the life of the process, with a worker and a server that only keep a record ---------------------------------------
 
 
