@@ -33,6 +33,7 @@ for argument; do
 done
 trap 'echo stopped >"${STUB}/stopped"; exit "${STUB_STOP_EXIT:-0}"' TERM
 echo $$ >"${STUB}/pid"
+echo '{"event": "ready"}' >&2
 while :; do sleep 0.02; done
 """
 CLIENT = """#!/usr/bin/env bash
