@@ -126,7 +126,8 @@ def _slices(array: NDArray[np.generic], axis: int | None, shards: int) -> list[N
 
 def _element_bytes(array: NDArray[np.generic]) -> memoryview:
     """The elements, little-endian in C order. A view when they lie so already."""
-    plain = np.ascontiguousarray(array).view(f"u{array.dtype.itemsize}").reshape(-1)
+    bits = np.dtype(f"u{array.dtype.itemsize}").newbyteorder(array.dtype.byteorder)
+    plain = np.ascontiguousarray(array).view(bits).reshape(-1)
     return plain.astype(plain.dtype.newbyteorder("<"), copy=False).view(np.uint8).data
 
 

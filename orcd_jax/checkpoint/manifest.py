@@ -221,7 +221,8 @@ def read_manifest(directory: Path) -> Manifest:
         return Manifest.model_validate_json(raw)
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"]) or "(whole)"
+        # The name of an additional field is the file's own text: escaped, it cannot steer a terminal.
+        where = ascii(".".join(str(part) for part in first["loc"]))[1:-1][:120] or "(whole)"
         raise _failed(f"manifest.json is invalid at {where}: {first['msg']}") from None
 
 

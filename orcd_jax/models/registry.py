@@ -71,7 +71,7 @@ def shard_grid(config: LlamaConfig, path: str) -> tuple[int | None, int]:
     count = math.gcd(config.num_kv_heads, config.mlp_size)
     if axis is None or count == 1:
         return None, 1
-    if abstract_params(config)[path].shape[axis] % count:
+    if _describe(config)[1][path][1].get_value().shape[axis] % count:
         return None, 1
     return axis, count
 

@@ -67,7 +67,7 @@ def run(argv: Sequence[str], *, open_source: Open, source: str, example: str) ->
         given = parser.parse_args(argv[1:])
     except SystemExit as asked:  # argparse has said why
         return ExitCode.USAGE if asked.code else ExitCode.OK
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax's remarks on its own defaults
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax's remarks, and a traceback of each error it raises
     out = Console(stderr=True, highlight=False)
     began = time.monotonic()
     try:

@@ -6,6 +6,7 @@ the file before anything is allocated for it. Format: the ``gguf.md`` specificat
 
 from __future__ import annotations
 
+import errno
 import itertools
 import math
 import struct
@@ -88,6 +89,8 @@ def read_gguf(path: Path) -> GgufFile:
       OrcdError: MODEL_LOAD_FAILED, with the field, its offset, what was expected and what was found.
     """
     try:
+        if path.exists() and not path.is_file():  # a pipe would wait for its writer
+            raise OSError(errno.EISDIR, "it is a folder or a special file")
         with path.open("rb") as file:
             size = path.stat().st_size
             return _Reader(file, size).header(path)

@@ -120,7 +120,10 @@ def open_huggingface(directory: Path, dtype: Dtype) -> HuggingFaceSource:
     tokenizer_json = _read_bytes(directory / "tokenizer.json", MAX_TOKENIZER_BYTES)
     extra = _read_json(directory / "tokenizer_config.json", optional=True)
     generation = _read_json(directory / "generation_config.json", optional=True)
-    used = ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja")
+    files = {path for path, _, _ in tensors.values()}
+    used = ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"]
+    if directory / _WEIGHTS not in files:
+        used.append(_INDEX)
     return HuggingFaceSource(
         config=_config(settings, tensors, weights),
         model_id=model_id_of(directory.resolve().name),
@@ -130,7 +133,7 @@ def open_huggingface(directory: Path, dtype: Dtype) -> HuggingFaceSource:
         tensor_types=tuple(sorted({kind for _, _, kind in tensors.values()})),
         paths=(
             *(directory / name for name in used if (directory / name).is_file()),
-            *sorted({path for path, _, _ in tensors.values()}),
+            *sorted(files),
         ),
         tensors=tensors,
     )
@@ -245,12 +248,13 @@ def _config(
 
 def _rope_scaling(rope: Json) -> RopeScaling | None:
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return None
-    if kind not in _ROPE_KINDS:
-        raise _refuse("config.json", f"rope_type {shown(str(kind))} is not supported; supported are {_ROPE_KINDS}")
+    if kind not in ("default", *_ROPE_KINDS):
+        supported = ", ".join(_ROPE_KINDS)
+        raise _refuse("config.json", f"rope_type {shown(str(kind))} is not supported; supported are {supported}")
     if unknown := sorted(key for key in rope.keys() - _ROPE_KNOWN if rope[key] is not None):
         raise _refuse("config.json", f"rope_scaling: {shown(unknown[0])} is not supported")
+    if kind == "default":
+        return None
     given: dict[str, object] = {"kind": kind, "factor": _get(rope, "factor", float)}
     if rope.get("original_max_position_embeddings") is not None:
         given["original_context"] = _get(rope, "original_max_position_embeddings", int)
@@ -267,11 +271,14 @@ def _rope_scaling(rope: Json) -> RopeScaling | None:
 
 def _tokenizer(tokenizer_json: bytes, settings: Json, generation: Json, extra: Json) -> TokenizerEntry:
     vocab_size = _get(settings, "vocab_size", int)
-    ends = {i for source in (settings, generation) for i in _token_ids(source, "eos_token_id", vocab_size)}
+    ends = {
+        *_token_ids(settings, "eos_token_id", vocab_size),
+        *_token_ids(generation, "eos_token_id", vocab_size, file="generation_config.json"),
+    }
     if not ends:
         raise _refuse("config.json", "eos_token_id is missing, here and in generation_config.json")
     starts = _token_ids(settings, "bos_token_id", vocab_size)
-    add_bos = _get(extra, "add_bos_token", bool, default=False)
+    add_bos = _get(extra, "add_bos_token", bool, default=False, file="tokenizer_config.json")
     return TokenizerEntry(
         kind=tokenizer_kind(tokenizer_json),
         bos_id=starts[0] if starts else None,
@@ -280,12 +287,12 @@ def _tokenizer(tokenizer_json: bytes, settings: Json, generation: Json, extra: J
     )
 
 
-def _token_ids(source: Json, key: str, vocab_size: int) -> list[int]:
+def _token_ids(source: Json, key: str, vocab_size: int, *, file: str = "config.json") -> list[int]:
     value = source.get(key)
     given: list[object] = value if isinstance(value, list) else [] if value is None else [value]
     ids = [i for i in given if isinstance(i, int) and not isinstance(i, bool) and 0 <= i < vocab_size]
     if len(ids) != len(given):
-        raise _refuse("config.json", f"{key} must be a token id below {vocab_size}, or a list of such")
+        raise _refuse(file, f"{key} must be a token id below {vocab_size}, or a list of such")
     return ids
 
 
@@ -298,25 +305,31 @@ def _chat_template(directory: Path, extra: Json) -> str | None:
             raise _refuse(path.name, "it is not UTF-8") from None
     value = extra.get("chat_template")
     if isinstance(value, list):  # several, by name
-        named = {item.get("name"): item.get("template") for item in value if isinstance(item, dict)}
-        value = named.get("default")
-    return value if isinstance(value, str) else None
+        default = (item for item in value if isinstance(item, dict) and item.get("name") == "default")
+        value = next(default, {}).get("template")
+    if not isinstance(value, str):
+        return None
+    if any("\ud800" <= c <= "\udfff" for c in value):  # JSON can hold half a character, UTF-8 cannot
+        raise _refuse("tokenizer_config.json", "chat_template is not valid Unicode")
+    return value
 
 
 # -- files ---------------------------------------------------------------------------------------------------------
 
 
-def _get(source: Json, key: str, kind: type[Value], default: Value | None = None) -> Value:
+def _get(
+    source: Json, key: str, kind: type[Value], default: Value | None = None, *, file: str = "config.json"
+) -> Value:
     """A value of a JSON object; ``default`` when it is absent or null, unless that is None."""
     value = source.get(key)
     if value is None:
         value = default
     if value is None:
-        raise _refuse("config.json", f"{key} is missing")
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        raise _refuse(file, f"{key} is missing")
+    if kind is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63:
         value = float(value)
     if not isinstance(value, kind) or isinstance(value, bool) is not (kind is bool):
-        raise _refuse("config.json", f"{key} must be of type {kind.__name__}")
+        raise _refuse(file, f"{key} must be of type {kind.__name__}")
     return value
 
 
@@ -333,6 +346,8 @@ def _read_json(path: Path, *, optional: bool = False) -> Json:
 
 
 def _read_bytes(path: Path, most: int) -> bytes:
+    if path.exists() and not path.is_file():  # a pipe would wait for its writer
+        raise _refuse(path.name, "it is not a plain file")
     try:
         with path.open("rb") as file:
             raw = file.read(most + 1)

@@ -120,7 +120,10 @@ def _write_arrays(
     def make(path: str) -> NDArray[np.generic]:
         nonlocal done
         wanted, leaf = abstract[path], plan[path]
-        made = leaf.build({name: source.tensor(name) for name in leaf.sources})
+        try:
+            made = leaf.build({name: source.tensor(name) for name in leaf.sources})
+        except (OSError, ValueError):  # ValueError: a file that was cut short cannot be mapped
+            raise _refuse(f"{next(iter(leaf.sources), path):.80} can no longer be read: did its file change?") from None
         with np.errstate(over="ignore"):  # an infinity is found below
             array = np.ascontiguousarray(made.astype(wanted.dtype, copy=False))
         if not np.isfinite(array).all():
@@ -177,12 +180,12 @@ def _check_tensors(source: WeightSource, plan: Mapping[str, Leaf]) -> None:
 @contextlib.contextmanager
 def _partial_folder(destination: Path, need: int) -> Iterator[Path]:
     """An empty folder beside the destination, held by this process alone; whatever happens, it does not stay."""
-    parent, partial = destination.parent, destination.with_name(f".{destination.name}.partial")
     try:
-        if destination.exists() and not (destination.is_dir() and not any(destination.iterdir())):
-            raise _unusable(f"{destination} exists: choose another destination or remove it first")
+        _check_free(destination)
+        parent, partial = destination.parent, destination.with_name(f".{destination.name}.partial")
         partial.mkdir(parents=True, exist_ok=True)
-        held = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)
+        # Never through a link, whose target would be emptied.
+        held = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except OSError as error:
         raise _unwritable(destination, error) from None
     try:
@@ -193,6 +196,7 @@ def _partial_folder(destination: Path, need: int) -> Iterator[Path]:
         os.close(held)
         raise _unusable(f"another conversion into {destination} is running: wait for it") from None
     try:
+        _check_free(destination)  # again: the one that held the folder before may have finished
         _empty(partial)  # what a killed conversion left
         if (free := shutil.disk_usage(parent).free) < need + need // 50:
             raise _unusable(
@@ -202,8 +206,16 @@ def _partial_folder(destination: Path, need: int) -> Iterator[Path]:
     except OSError as error:
         raise _unwritable(destination, error) from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if partial.exists() and os.path.samestat(os.fstat(held), partial.stat()):  # not one that came after the rename
+            shutil.rmtree(partial, ignore_errors=True)
         os.close(held)
+
+
+def _check_free(destination: Path) -> None:
+    """There is nothing at the destination, or an empty folder that a rename can replace."""
+    taken = destination.exists() and not (destination.is_dir() and not any(destination.iterdir()))
+    if taken or destination.is_symlink() or not destination.name:
+        raise _unusable(f"{destination} exists: choose another destination or remove it first")
 
 
 def _empty(folder: Path) -> None:
@@ -220,7 +232,8 @@ def _provenance(source: WeightSource, on_progress: OnProgress) -> Provenance:
         advance = _advance("hash_source", sum(path.stat().st_size for path in source.paths), on_progress)
         for path in source.paths:
             size, digest = file_digest(path, advance)
-            files.append(SourceFile(name=path.name, size_bytes=size, sha256=digest))
+            name = os.fsencode(path.name).decode(errors="replace")  # a name may be any bytes, JSON may not
+            files.append(SourceFile(name=name, size_bytes=size, sha256=digest))
     except OSError as error:
         raise _refuse(f"the source cannot be read ({error.strerror})") from None
     return Provenance(
