@@ -6,9 +6,15 @@ import os
 
 REQUIRE_REAL_GPU = os.environ.get("REQUIRE_REAL_GPU") == "1"
 
+PLATFORM = "cuda" if REQUIRE_REAL_GPU else "cpu"
+"""What a worker under test is told with ``--platform``."""
+
 # Before JAX is imported by anything.
-os.environ.setdefault("JAX_PLATFORMS", "cuda" if REQUIRE_REAL_GPU else "cpu")
-if not REQUIRE_REAL_GPU:
+os.environ.setdefault("JAX_PLATFORMS", PLATFORM)
+if REQUIRE_REAL_GPU:
+    # Several processes of the suite share the GPU; by default each would take three quarters of it.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+else:
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4".strip()
 
 import jax

@@ -80,7 +80,7 @@ def _convert(source: Path, target: Path, dtype: WeightDtype) -> None:
     for old in target.parent.glob(f"{source.stem}-{dtype}-*"):  # of other versions of the converter, 0.5 GB each
         shutil.rmtree(old)
     command = [sys.executable, str(ROOT / "tools" / "convert_gguf.py"), str(source), str(target), f"--dtype={dtype}"]
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if result.returncode:
         pytest.fail(

@@ -16,6 +16,7 @@ import grpc
 import pytest
 
 from orcd_jax.errors import ExitCode
+from tests.conftest import PLATFORM
 from tests.server.peer import Peer, as_json, bearer, enum_name, error_detail, message
 from tests.tiny_checkpoint import tiny_checkpoint
 
@@ -39,8 +40,14 @@ class Worker:
         self.port, self.token_file = free_port(), folder / "token"
         self.token_file.touch(mode=0o600)
         self.token_file.write_text(TOKEN)
-        command = [sys.executable, "-c", "from orcd_jax.main import run; run()", "--platform=cpu", "--standalone"]
-        command += ["--worker_id=w", "--pool_id=p", f"--model_path={checkpoint}", f"--rpc_port={self.port}"]
+        command = [sys.executable, "-c", "from orcd_jax.main import run; run()", "--standalone"]
+        command += [
+            f"--platform={PLATFORM}",
+            "--worker_id=w",
+            "--pool_id=p",
+            f"--model_path={checkpoint}",
+            f"--rpc_port={self.port}",
+        ]
         command += [f"--api_token_file={self.token_file}", "--allow_root", *flags]
         environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT)

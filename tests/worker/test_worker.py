@@ -18,6 +18,7 @@ from orcd_jax.errors import ErrorCode, OrcdError
 from orcd_jax.worker.lifecycle import State
 from orcd_jax.worker.types import ChatMessage, ChatPrompt, ExecuteParams, Metrics, Started, WorkerEvent
 from orcd_jax.worker.worker import Worker
+from tests.conftest import PLATFORM
 
 Result = TypeVar("Result")
 WAIT_S = 120.0
@@ -29,7 +30,7 @@ def config_of(checkpoint: Path, **changes: str | bool) -> WorkerConfig:
         "worker_id": "w",
         "pool_id": "p",
         "model_path": str(checkpoint),
-        "platform": "cpu",
+        "platform": PLATFORM,
         "rpc_port": "50051",
         "api_token_file": "/nowhere/token",
         "standalone": True,
@@ -282,13 +283,13 @@ def test_a_worker_that_has_not_loaded_takes_no_job_and_says_when_to_retry(tiny_c
 
 
 @pytest.mark.requirement("WORKER-4110")
-def test_on_the_cpu_nothing_claims_vram(running: Running) -> None:
+def test_vram_is_claimed_on_a_gpu_and_only_there(running: Running) -> None:
     (handle,) = running.worker.ready().handles
-    status = running.worker.status()
-    assert handle.emulated
-    assert status.emulated
-    assert not status.resident
-    assert (handle.vram_bytes, status.vram_used_bytes, running.worker.ready().capabilities.vram_bytes) == (0, 0, 0)
+    status, emulated = running.worker.status(), PLATFORM == "cpu"
+    assert handle.emulated is status.emulated is emulated
+    assert status.resident is not emulated
+    for claimed in (handle.vram_bytes, status.vram_used_bytes, running.worker.ready().capabilities.vram_bytes):
+        assert (claimed == 0) is emulated
 
 
 def test_a_handle_says_what_was_proved_and_not_more(running: Running) -> None:
