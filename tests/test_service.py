@@ -22,6 +22,8 @@ from tests.tiny_checkpoint import tiny_checkpoint
 
 __all__ = ["tiny_checkpoint"]
 
+pytestmark = pytest.mark.slow  # each process takes five seconds to start
+
 ROOT = Path(__file__).parent.parent
 TOKEN = "0123456789abcdef" * 4
 WAIT_S = 120

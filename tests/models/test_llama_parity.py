@@ -76,6 +76,7 @@ def test_float32_logits_equal_those_of_transformers(name: str, pair: Build) -> N
     np.testing.assert_allclose(model.logits(), expected, rtol=0, atol=limit)
 
 
+@pytest.mark.slow
 @pytest.mark.requirement("WORKER-4700")
 @pytest.mark.parametrize("name", VARIANTS)
 def test_bfloat16_logits_are_as_near_to_float32_as_those_of_transformers(name: str, pair: Build) -> None:
