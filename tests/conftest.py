@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
+
+# A suite that is started in the background ignores Ctrl-C, and so would every process it starts and interrupts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 REQUIRE_REAL_GPU = os.environ.get("REQUIRE_REAL_GPU") == "1"
 
