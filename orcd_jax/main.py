@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import os
 import signal
 import sys
@@ -39,6 +40,7 @@ _EXIT_OF_ERROR = {
     ErrorCode.CUDA_ERROR: ExitCode.DEVICE,
 }
 _CLOSE_TIMEOUT_S = 5.0
+_LAST_WORD_TIMEOUT_S = 5.0
 
 
 def run() -> NoReturn:
@@ -98,14 +100,17 @@ def refuse_root(config: WorkerConfig, user: int) -> None:
 
 
 def set_environment(config: WorkerConfig, environment: MutableMapping[str, str]) -> None:
-    """Fixes the platform, the device mask and the compile cache before JAX is imported (WORKER-4020).
+    """Fixes the platform, the device mask and every setting of JAX before it is imported (WORKER-4020).
 
     Raises:
       ConfigError: CUDA_VISIBLE_DEVICES is set and shows fewer GPUs than --gpu_device needs; or the directory of the
         compile cache is not private.
     """
+    # JAX reads settings that change the bits (matmul precision, the random generator) or the code that is run (its own
+    # compile cache) from the environment: the same request would not give the same tokens.
+    for name in [name for name in environment if name.startswith("JAX_")]:
+        del environment[name]
     environment["JAX_PLATFORMS"] = config.platform
-    environment.pop("JAX_COMPILATION_CACHE_DIR", None)  # compiled code is run only from where the flag says
     if config.compile_cache_dir is not None:
         environment["JAX_COMPILATION_CACHE_DIR"] = str(private_directory(config.compile_cache_dir))
         environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
@@ -164,8 +169,9 @@ class Serving(Protocol):
     async def drain(self, timeout_s: float) -> None:
         """Refuses new jobs; returns when the running ones ended, at the latest after ``timeout_s``."""
 
-    async def stop(self) -> None:
-        """Ends the engine and frees the device."""
+    async def stop(self) -> bool:
+        """Ends the engine and frees the device. False when the device did not answer."""
+        ...
 
 
 class Listening(Protocol):
@@ -223,14 +229,18 @@ async def serve(
     failing = asyncio.create_task(worker.wait_failed())
     telling = asyncio.create_task(_undelivered(config, readiness, callback_token))
     await _first(stop, failing, telling)
-    if failing.done():
-        return await _fail(config, failing.exception() or failing.result(), stop, callback_token)
     code = ExitCode.OK
-    if telling.done():
-        report(telling.exception() or telling.result())
-        code = ExitCode.CALLBACK  # it holds memory that nobody accounts for
-    await worker.drain(config.drain_timeout_ms / 1000)
-    await worker.stop()
+    if not failing.done():
+        if telling.done():
+            report(telling.exception() or telling.result())
+            code = ExitCode.CALLBACK  # it holds memory that nobody accounts for
+        await _first(asyncio.create_task(worker.drain(config.drain_timeout_ms / 1000)), failing)
+    in_order = await worker.stop()
+    if failing.done():  # serving or draining: a device that fails is never a clean stop
+        code = await _fail(config, failing.exception() or failing.result(), stop, callback_token)
+    elif not in_order:
+        hung = OrcdError(ErrorCode.CUDA_ERROR, "the device did not answer: it may need a reset before the next start")
+        code = await _fail(config, hung, stop, callback_token)
     server.close()
     with contextlib.suppress(TimeoutError):
         await asyncio.wait_for(server.wait_closed(), _CLOSE_TIMEOUT_S)
@@ -250,7 +260,10 @@ async def _fail(config: WorkerConfig, error: BaseException, stop: asyncio.Task[b
             retriable=known.spec.retriable,
         )
         telling = asyncio.create_task(_deliver(config, failure, token))
-        await _first(stop, telling)
+        if stop.done():  # no time to insist
+            await asyncio.wait([telling], timeout=_LAST_WORD_TIMEOUT_S)
+        else:
+            await _first(stop, telling)
         if telling.done() and (undelivered := telling.exception()) is not None:
             report(undelivered)
     return code
@@ -288,11 +301,11 @@ async def _first(*futures: asyncio.Future[Any]) -> None:
 
 async def _serve_model(config: WorkerConfig) -> ExitCode:
     """Wires the real worker and server. After the environment is set: these import JAX."""
+    stopping = _stop_signal(asyncio.get_running_loop())  # first: the imports take a second or two
     from orcd_jax.server.auth import load_tokens
     from orcd_jax.server.grpc_server import start_server
     from orcd_jax.worker.worker import Worker
 
-    stopping = _stop_signal(asyncio.get_running_loop())
     tokens = load_tokens(config.api_token_file)
     callback_token = "" if config.callback_token_file is None else config.callback_token_file.read_text().strip()
     worker = Worker(config)
@@ -326,10 +339,10 @@ def _readiness(config: WorkerConfig, worker: Worker) -> Readiness:
 
 def _stop_signal(loop: asyncio.AbstractEventLoop) -> asyncio.Event:
     """An event that the first SIGTERM or SIGINT sets. The second ends the process at once (WORKER-4970)."""
-    asked = asyncio.Event()
+    asked, signals = asyncio.Event(), itertools.count()
 
     def on_signal() -> None:
-        if asked.is_set():
+        if next(signals):  # not whether it was asked: the RPC Shutdown asks too
             os._exit(ExitCode.INTERRUPTED)
         asked.set()
 

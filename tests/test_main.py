@@ -66,6 +66,13 @@ def test_root_is_refused_unless_allowed() -> None:
     main.refuse_root(parsed("--standalone"), 1000)
 
 
+def test_settings_of_jax_that_change_the_bits_are_dropped_from_the_environment() -> None:
+    environment = {"JAX_THREEFRY_PARTITIONABLE": "0", "JAX_DEFAULT_MATMUL_PRECISION": "bfloat16", "HOME": "/root"}
+    main.set_environment(parsed("--standalone", "--platform=cpu"), environment)
+    assert {name for name in environment if name.startswith("JAX_")} == {"JAX_PLATFORMS"}
+    assert environment["HOME"] == "/root"
+
+
 def test_the_platform_is_fixed_before_jax_whatever_the_environment_says() -> None:
     environment = {"JAX_PLATFORMS": "tpu"}
     main.set_environment(parsed("--standalone", "--platform=cpu"), environment)
@@ -122,11 +129,20 @@ class Record:
     """A worker and a server in one that note what was asked of them, in order."""
 
     def __init__(
-        self, *, start_error: Exception | None = None, never_loads: bool = False, fails_with: OrcdError | None = None
+        self,
+        *,
+        start_error: Exception | None = None,
+        never_loads: bool = False,
+        fails_with: OrcdError | None = None,
+        in_order: bool = True,
     ) -> None:
+        self._in_order = in_order
         self.calls: list[str] = []
         self.stopping = asyncio.Event()
-        self._start_error, self._never_loads, self._fails_with = start_error, never_loads, fails_with
+        self._start_error, self._never_loads, self.fails_with = start_error, never_loads, fails_with
+        self.failing = asyncio.Event()
+        if fails_with is not None:
+            self.failing.set()
 
     async def listen(self) -> Record:
         self.calls.append("listen")
@@ -141,16 +157,16 @@ class Record:
             raise self._start_error
 
     async def wait_failed(self) -> OrcdError:
-        if self._fails_with is None:
-            await asyncio.Event().wait()
-        assert self._fails_with is not None
-        return self._fails_with
+        await self.failing.wait()
+        assert self.fails_with is not None
+        return self.fails_with
 
     async def drain(self, timeout_s: float) -> None:
         self.calls.append(f"drain {timeout_s:g}")
 
-    async def stop(self) -> None:
+    async def stop(self) -> bool:
         self.calls.append("stop")
+        return self._in_order
 
     def close(self) -> None:
         self.calls.append("close")
@@ -226,6 +242,34 @@ def test_a_model_that_does_not_load_ends_with_the_code_of_its_reason(error: Exce
 @pytest.mark.requirement("WORKER-4032")
 def test_a_device_that_fails_while_serving_ends_the_process_with_its_code() -> None:
     record = Record(fails_with=OrcdError(ErrorCode.CUDA_ERROR, "the device failed"))
+    assert life(parsed("--standalone"), record) is ExitCode.DEVICE
+
+
+@pytest.mark.requirement("WORKER-4032")
+def test_a_device_that_fails_while_draining_is_no_clean_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    record = Record()
+
+    async def fail_in_drain(timeout_s: float) -> None:
+        record.failing.set()
+        await asyncio.Event().wait()
+
+    async def loaded() -> None:
+        record.stopping.set()
+
+    record.start, record.drain = loaded, fail_in_drain  # type: ignore[method-assign]
+    record.fails_with = OrcdError(ErrorCode.CUDA_ERROR, "the device failed")
+    assert life(parsed("--standalone"), record) is ExitCode.DEVICE
+    assert record.calls == ["listen", "stop", "close", "closed"]
+
+
+@pytest.mark.requirement("WORKER-4970")
+def test_a_device_that_does_not_answer_is_no_clean_stop() -> None:
+    record = Record(in_order=False)
+
+    async def loaded() -> None:
+        record.stopping.set()
+
+    record.start = loaded  # type: ignore[method-assign]
     assert life(parsed("--standalone"), record) is ExitCode.DEVICE
 
 
@@ -355,6 +399,8 @@ async def run():
 
 asyncio.run(run())
 """
+# The RPC Shutdown asks by the same event; it is no signal.
+ASKED_BY_CALL = SIGNALS.replace('print("up", flush=True)', "stopping.set()")
 
 
 @pytest.mark.requirement("WORKER-4970")
@@ -366,6 +412,18 @@ def test_the_first_signal_asks_and_the_second_aborts(number: signal.Signals) -> 
         process.send_signal(number)
         assert process.stdout.readline() == "asked\n"
         process.send_signal(number)
+        assert process.wait(timeout=30) == ExitCode.INTERRUPTED
+
+
+@pytest.mark.requirement("WORKER-4970")
+def test_the_first_signal_after_a_shutdown_call_does_not_abort() -> None:
+    with subprocess.Popen([sys.executable, "-c", ASKED_BY_CALL], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "asked\n"
+        process.send_signal(signal.SIGTERM)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(timeout=1.0)
+        process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=30) == ExitCode.INTERRUPTED
 
 

@@ -3,13 +3,17 @@
 asyncio talks to it through one inbox, and it talks back through one batched hand-off a step. Step t + 1 is dispatched
 before the tokens of step t are read: last tokens and positions live on the device, so the next step does not wait for
 the host. The price is one idle row for one step after a job's end.
+
+Whatever happens to the thread, every job that was ever submitted gets exactly one terminal event.
 """
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -22,13 +26,16 @@ from orcd_jax.device.faults import is_out_of_memory, translate
 from orcd_jax.engine.detokenizer import Detokenizer
 from orcd_jax.engine.kv_pages import KvPagePool
 from orcd_jax.engine.prefill_call import PrefillCall, PrefillCallBuilder
-from orcd_jax.engine.request import Ended, Event, Failed, FinishReason, JobRequest, Tokens
+from orcd_jax.engine.request import Ended, Event, Failed, FinishReason, JobRequest, SamplingParams, Tokens
 from orcd_jax.engine.scheduler import DecodeStep, PrefillStep, ScheduledJob, Scheduler, Step
 from orcd_jax.engine.state import DecodeState, EngineShape
 from orcd_jax.errors import ErrorCode, OrcdError
 from orcd_jax.models.registry import Params
 
 TokensFuture = object
+
+MAX_OOMS = 3
+"""Times the device may run out of memory with no job ending well in between; then it is not worth another try."""
 
 
 class StepPrograms(Protocol):
@@ -89,7 +96,7 @@ class Engine:
           params: the model's arrays, never modified.
           token_bytes: what each token id adds to the text.
           eos_ids: ids that end a job.
-          deliver: called on the engine thread with a step's events of all jobs, in order.
+          deliver: called on the engine thread with a step's events of all jobs, in order; it must not raise.
           on_fatal: called once, on the engine thread, when the engine cannot go on; every live job has failed by then.
           clock: monotonic seconds.
         """
@@ -109,6 +116,9 @@ class Engine:
         self._outbox: list[Delivery] = []
         self._state: DecodeState | None = None
         self._stopping = False
+        self._ooms = 0
+        self._door = threading.Lock()  # between submit and the end of the thread
+        self._closed: OrcdError | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -134,7 +144,7 @@ class Engine:
         """Queues a validated job; its events come through ``deliver``.
 
         Raises:
-          OrcdError: INVALID_PARAMS, when the job could never run on this engine.
+          OrcdError: INVALID_PARAMS, when the job could never run on this engine; or why the engine has ended.
         """
         shape = self._programs.shape
         need, most = len(request.prompt_ids) + request.max_tokens, shape.max_context
@@ -162,8 +172,12 @@ class Engine:
                 f"a prompt token id is outside the vocabulary of {vocabulary}",
                 field="prompt_token_ids",
             )
+        _check_sampling(request.sampling)
         job = Job(request, Detokenizer(self._token_bytes, request.stop), self._clock())
-        self._inbox.put(lambda: self._accept(job))
+        with self._door:
+            if self._closed is not None:
+                raise self._closed
+            self._inbox.put(lambda: self._accept(job))
         return job
 
     def cancel(self, job: Job) -> None:
@@ -181,6 +195,16 @@ class Engine:
     # -- the engine thread ---------------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        try:
+            error = self._loop()
+        except Exception as cause:  # a fault of the loop itself, or of whoever is handed the events
+            error = translate(cause)
+        self._close(error or OrcdError(ErrorCode.CANCELLED, "the worker stopped before the job ended"))
+        if error is not None:
+            self._on_fatal(error)
+
+    def _loop(self) -> OrcdError | None:
+        """Steps until it is told to stop (None) or cannot go on (why)."""
         in_flight: deque[tuple[Step, TokensFuture]] = deque()
         while not self._stopping:
             try:
@@ -191,11 +215,23 @@ class Engine:
                     in_flight.append((step, self._dispatch(step)))
                 if in_flight and (step is None or len(in_flight) > 1):
                     self._finish(*in_flight.popleft())
-            except Exception as error:
+            except Exception as cause:
                 in_flight.clear()
-                self._recover(error)
+                if (error := self._recover(cause)) is not None:
+                    return error
             self._hand_off()
+        return None
+
+    def _close(self, reason: OrcdError) -> None:
+        """Lets no more jobs in, then fails all there are, those still in the inbox included."""
+        with self._door:
+            self._closed = reason
         self._state = None
+        self._take_inbox(wait=False)
+        for job in tuple(self._jobs.values()):
+            self._fail(job, reason)
+        with contextlib.suppress(Exception):  # it may be what ended the loop
+            self._hand_off()
 
     def _take_inbox(self, *, wait: bool) -> None:
         if wait:
@@ -250,6 +286,9 @@ class Engine:
     def _advance(self, job: Job, token: int, now: float) -> None:
         """Adds one token to a job and ends it when the token, its text or its number says so."""
         request = job.request
+        if token < 0:
+            self._fail(job, OrcdError(ErrorCode.INTERNAL, "the model computed values that are not numbers"))
+            return
         if job.produced == 0:
             job.first_token_s = now
         job.produced += 1
@@ -265,8 +304,11 @@ class Engine:
                 reason = FinishReason.STOP
         if reason is None and job.produced == request.max_tokens:
             reason = FinishReason.LENGTH
-        if reason is not None and not job.detokenizer.stopped:
+        complete = job.detokenizer.stopped
+        if reason is not None and not complete:
             text += job.detokenizer.flush()
+            if job.detokenizer.stopped:  # the last bytes became the end of a stop string
+                reason = FinishReason.STOP
         if text or reason is not None:
             self._send(job, Tokens(job.produced - len(job.unsent), tuple(job.unsent), text))
             job.unsent.clear()
@@ -278,6 +320,7 @@ class Engine:
                 decode_time_ms=(now - job.first_token_s) * 1e3,
                 time_to_first_token_ms=(job.first_token_s - job.submitted_s) * 1e3,
             )
+            self._ooms = 0
             self._end(job, ended)
 
     def _accept(self, job: Job) -> None:
@@ -308,22 +351,34 @@ class Engine:
             self._deliver(batch)
 
     def _stop(self) -> None:
-        for job in tuple(self._jobs.values()):
-            self._fail(job, OrcdError(ErrorCode.CANCELLED, "the worker stopped before the job ended"))
         self._stopping = True
 
-    def _recover(self, cause: Exception) -> None:
-        """Fails every live job; after running out of memory, goes on with a fresh state; after anything else, stops."""
+    def _recover(self, cause: Exception) -> OrcdError | None:
+        """Fails every live job. After running out of memory, goes on with a fresh state; else says why it cannot."""
         error = translate(cause)
         for job in tuple(self._jobs.values()):
             self._fail(job, error)
         self._state = None
-        if is_out_of_memory(error):
-            try:
-                self._state = self._programs.init()
-                return
-            except Exception as again:
-                error = translate(again)
-        self._hand_off()
-        self._stopping = True
-        self._on_fatal(error)
+        # The failed call's frames hold the state it was given: a new one beside it would need twice the memory.
+        traceback.clear_frames(cause.__traceback__)
+        self._ooms += 1
+        if not is_out_of_memory(error) or self._ooms >= MAX_OOMS:
+            return error
+        try:
+            self._state = self._programs.init()
+        except Exception as again:
+            return translate(again)
+        return None
+
+
+def _check_sampling(params: SamplingParams) -> None:
+    """Raises INVALID_PARAMS for what the device's arrays cannot hold: on the engine thread it would end every job."""
+    allowed = (
+        0 <= params.temperature < float("inf")
+        and 0 <= params.top_k < 2**31
+        and 0 < params.top_p <= 1
+        and 0 <= params.min_p <= 1
+        and 0 <= params.seed < 2**64
+    )
+    if not allowed:
+        raise OrcdError(ErrorCode.INVALID_PARAMS, "a sampling parameter is out of range", field="sampling")

@@ -37,15 +37,22 @@ def choose(logits: Float[Array, "N V"], positions: Int[Array, " N"], rows: Sampl
       logits: float32.
       positions: the position the chosen token will have.
       rows: parameters; ``temperature`` 0 takes the arg max, lowest id on a tie.
+
+    Returns:
+      Token ids; -1 where a logit is not a number, so that a broken model is noticed.
     """
     random = rows.temperature > 0
+    highest = logits.max(axis=-1, keepdims=True)
 
     def draw(logits: Array) -> Array:
-        scores = keep_likely(logits / jnp.where(random, rows.temperature, jnp.float32(1))[:, None], rows)
+        # From the highest down: the quotient of a tiny temperature may only overflow to -inf.
+        scaled = (logits - highest) / jnp.where(random, rows.temperature, jnp.float32(1))[:, None]
+        scores = keep_likely(scaled, rows)
         noisy = scores + gumbel_noise(rows.seed, rows.sample, positions, logits.shape[1])
         return jnp.where(random[:, None], noisy, logits)
 
-    return jnp.argmax(jax.lax.cond(random.any(), draw, lambda x: x, logits), axis=-1).astype(jnp.int32)
+    tokens = jnp.argmax(jax.lax.cond(random.any(), draw, lambda x: x, logits), axis=-1).astype(jnp.int32)
+    return jnp.where(jnp.isnan(highest[:, 0]), jnp.int32(-1), tokens)
 
 
 def gumbel_noise(

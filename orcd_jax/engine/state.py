@@ -22,7 +22,8 @@ class EngineShape:
       prefill_blocks: blocks of one ``prefill`` call, of one or several jobs.
       page_tokens: tokens of one KV page; divides block_tokens.
       pages: KV pages of each group.
-      pages_per_job: most pages one job can hold: context_max of a job / page_tokens, rounded up.
+      pages_per_job: most pages one job can hold: its most tokens / page_tokens, rounded up.
+      context: most tokens of one job, prompt and output together, when that is less than its pages hold.
     """
 
     rows: int
@@ -31,6 +32,7 @@ class EngineShape:
     page_tokens: int = 64
     pages: int
     pages_per_job: int
+    context: int | None = None
 
     def __post_init__(self) -> None:
         sizes = (self.rows, self.block_tokens, self.prefill_blocks, self.page_tokens, self.pages, self.pages_per_job)
@@ -42,7 +44,8 @@ class EngineShape:
     @property
     def max_context(self) -> int:
         """Most tokens of one job, prompt and output together."""
-        return self.pages_per_job * self.page_tokens
+        most = self.pages_per_job * self.page_tokens
+        return most if self.context is None else min(self.context, most)
 
 
 @dataclass(frozen=True, slots=True)

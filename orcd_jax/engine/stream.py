@@ -12,40 +12,41 @@ from orcd_jax.errors import ErrorCode, OrcdError
 class JobStream:
     """Holds the unread events of one job; lives on the event loop.
 
-    Consecutive unread token events are merged, so a slow reader holds at most one of them: what it can hold is bounded
-    by the job's own max_tokens. Nothing follows a terminal event.
+    Consecutive unread token events are read as one: what a slow reader can hold is bounded by the job's own max_tokens.
+    Nothing follows a terminal event.
     """
 
     def __init__(self) -> None:
         """An empty stream."""
         self._events: deque[Event] = deque()
         self._changed = asyncio.Event()
-        self._closed = False
+        self._closed = self._ended = False
 
     @property
     def closed(self) -> bool:
         """Whether the terminal event has arrived, read or not."""
         return self._closed
 
+    @property
+    def ended(self) -> bool:
+        """Whether the terminal event was read."""
+        return self._ended
+
     def put(self, event: Event) -> None:
         """Adds an event; ignored after a terminal one."""
-        if self._closed:
-            return
-        if isinstance(event, Tokens):
-            if self._events and isinstance(last := self._events[-1], Tokens):
-                self._events[-1] = Tokens(last.index, last.ids + event.ids, last.text + event.text)
-            else:
-                self._events.append(event)
-        else:
-            self._closed = True
-            self._events.append(event)
-        self._changed.set()
-
-    def abort(self, event: Event) -> None:
-        """Drops what is unread and ends the stream with ``event``; ignored when it has ended."""
         if not self._closed:
-            self._events.clear()
-            self.put(event)
+            self._closed = not isinstance(event, Tokens)
+            self._events.append(event)
+            self._changed.set()
+
+    def abort(self, event: Event) -> bool:
+        """Drops what is unread, a terminal event too, and ends the stream with ``event``. False when it has ended."""
+        if self._ended:
+            return False
+        self._events.clear()
+        self._closed = False
+        self.put(event)
+        return True
 
     async def next(self, timeout_s: float | None = None) -> Event | None:
         """The next event, or None when none came within ``timeout_s``.
@@ -61,4 +62,13 @@ class JobStream:
                 await asyncio.wait_for(self._changed.wait(), timeout_s)
             except TimeoutError:
                 return None
-        return self._events.popleft()
+        event = self._events.popleft()
+        if not isinstance(event, Tokens):
+            self._ended = True
+            return event
+        parts = [event]
+        while self._events and isinstance(following := self._events[0], Tokens):
+            parts.append(following)
+            self._events.popleft()
+        ids = tuple(token for part in parts for token in part.ids)
+        return Tokens(event.index, ids, "".join(part.text for part in parts))

@@ -36,6 +36,7 @@ class ResidentModel:
       shape: the sizes the programs were compiled for.
       kv_bytes: KV pages the engine will allocate.
       load_seconds: seconds spent in each stage, by name.
+      digested_s: monotonic time at which the digests of the arrays on the device began.
     """
 
     manifest: Manifest
@@ -47,6 +48,7 @@ class ResidentModel:
     chat_template: ChatTemplate | None
     kv_bytes: int
     load_seconds: dict[str, float]
+    digested_s: float
 
 
 def engine_shape(config: WorkerConfig, context_max: int) -> EngineShape:
@@ -63,6 +65,7 @@ def engine_shape(config: WorkerConfig, context_max: int) -> EngineShape:
         page_tokens=PAGE_TOKENS,
         pages=config.slots_total * pages_per_job,
         pages_per_job=pages_per_job,
+        context=context,
     )
 
 
@@ -91,6 +94,7 @@ def load_model(config: WorkerConfig, progress: Callable[[Progress], None]) -> Re
     with faults.translated():
         params = restore(directory, manifest, device, progress)
         lap("restore")
+        digested_s = time.monotonic()
         verify_arrays(manifest, params, progress)
         lap("verify_arrays")
     shape = engine_shape(config, manifest.config.context_max)
@@ -114,6 +118,7 @@ def load_model(config: WorkerConfig, progress: Callable[[Progress], None]) -> Re
         chat_template=chat_template,
         kv_bytes=kv_bytes(manifest.config, shape),
         load_seconds=seconds,
+        digested_s=digested_s,
     )
 
 

@@ -8,13 +8,12 @@ import secrets
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
 from typing import TypeVar
 
 from orcd_jax import __version__
 from orcd_jax.checkpoint.progress import Progress
 from orcd_jax.config import WorkerConfig
-from orcd_jax.engine.engine import Delivery, Engine, Job
+from orcd_jax.engine.engine import Engine
 from orcd_jax.engine.request import Ended, Failed, JobRequest, SamplingParams, Tokens
 from orcd_jax.engine.stream import JobStream
 from orcd_jax.errors import ErrorCode, OrcdError
@@ -22,6 +21,7 @@ from orcd_jax.telemetry import narration
 from orcd_jax.telemetry.log import EventCode, get_logger
 from orcd_jax.worker.capability import SUPPORTED
 from orcd_jax.worker.lifecycle import Lifecycle, State
+from orcd_jax.worker.live_jobs import LiveJobs
 from orcd_jax.worker.loader import ResidentModel, load_model
 from orcd_jax.worker.types import (
     ChatPrompt,
@@ -36,8 +36,8 @@ from orcd_jax.worker.types import (
 )
 
 METRICS_INTERVAL_S = 0.5  # WORKER-4240: every 250 to 1000 ms
-RETRY_AFTER_MS = 250
-STOP_TIMEOUT_S = 5.0
+STOP_TIMEOUT_S = 5.0  # a step takes milliseconds: a device that needs longer hangs
+LAST_EVENTS_TIMEOUT_S = 1.0
 Argument = TypeVar("Argument")
 _STATUS_WORD = {
     State.STARTING: "starting",
@@ -47,15 +47,6 @@ _STATUS_WORD = {
     State.DRAINING: "draining",
     State.STOPPED: "failed",
 }
-
-
-@dataclass(slots=True, eq=False)
-class _LiveJob:
-    """A job between admission and its terminal event."""
-
-    owner: str
-    job: Job
-    stream: JobStream
 
 
 class Worker:
@@ -68,10 +59,7 @@ class Worker:
         self._model: ResidentModel | None = None
         self._handle: Handle | None = None
         self._engine: Engine | None = None
-        self._live: dict[tuple[str, str], _LiveJob] = {}
-        self._stream_of: dict[Job, tuple[tuple[str, str], JobStream]] = {}
-        self._idle = asyncio.Event()
-        self._idle.set()
+        self._jobs = LiveJobs(config.slots_total, self._follow_jobs)
         self._failure: asyncio.Future[OrcdError] | None = None
         self._started_s = time.monotonic()
         self._digested_s: float | None = None
@@ -97,9 +85,12 @@ class Worker:
         except BaseException:
             self.lifecycle.move(State.STOPPED)
             raise
+        if self.lifecycle.state is not State.LOADING:
+            await asyncio.to_thread(engine.stop, STOP_TIMEOUT_S)
+            raise OrcdError(ErrorCode.NOT_READY, "the worker was stopped while it loaded its model")
         self._model, self._engine = model, engine
         manifest, device = model.manifest, model.device
-        self._digested_s = time.monotonic()
+        self._digested_s = model.digested_s
         self._handle = Handle(
             handle_id=f"h-{uuid.uuid4().hex}",
             shard_id=f"{manifest.digest[:16]}-0",
@@ -120,7 +111,7 @@ class Worker:
             human=narration.model_load_complete(
                 model_ref=manifest.model.model_id,
                 weights_bytes=manifest.weight_bytes,
-                seconds=self._digested_s - began,
+                seconds=time.monotonic() - began,
             ),
             model_ref=manifest.model.model_id,
             digest=manifest.digest,
@@ -149,7 +140,7 @@ class Worker:
             model.params,
             token_bytes=model.tokenizer.token_bytes,
             eos_ids=model.tokenizer.eos_ids,
-            deliver=lambda batch: _on_loop(loop, self._deliver, batch),
+            deliver=lambda batch: _on_loop(loop, self._jobs.deliver, batch),
             on_fatal=lambda error: _on_loop(loop, self._fail, error),
         )
         engine.start()
@@ -183,19 +174,29 @@ class Worker:
         if self.lifecycle.state is State.STOPPED:
             return
         self.lifecycle.move(State.DRAINING)
-        get_logger().info(
-            EventCode.DRAIN, human=narration.drain(jobs=len(self._live), timeout_s=timeout_s), jobs=len(self._live)
-        )
+        jobs = len(self._jobs)
+        get_logger().info(EventCode.DRAIN, human=narration.drain(jobs=jobs, timeout_s=timeout_s), jobs=jobs)
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._idle.wait(), timeout_s)
+            await asyncio.wait_for(self._jobs.idle.wait(), timeout_s)
 
-    async def stop(self) -> None:
-        """Ends what still runs and gives the device back. The worker is STOPPED after this."""
+    async def stop(self) -> bool:
+        """Ends what still runs, lets every reader have its last event, and gives the device back. STOPPED after this.
+
+        Returns:
+          False when the device did not answer: what it holds is freed only by the end of the process.
+        """
         self.lifecycle.move(State.STOPPED)
+        in_order = True
         if self._engine is not None:
-            await asyncio.to_thread(self._engine.stop, STOP_TIMEOUT_S)
-            await asyncio.sleep(0)  # terminal events of the last jobs are delivered by now
+            in_order = await asyncio.to_thread(self._engine.stop, STOP_TIMEOUT_S)
+            if not in_order:
+                hung = OrcdError(ErrorCode.CUDA_ERROR, f"the device did not answer within {STOP_TIMEOUT_S:g} s")
+                for live in self._jobs:
+                    live.stream.abort(Failed(hung))
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._jobs.idle.wait(), LAST_EVENTS_TIMEOUT_S)
         self._engine = self._model = None
+        return in_order
 
     # -- jobs ----------------------------------------------------------------------------------------------------
 
@@ -211,24 +212,23 @@ class Worker:
 
         Raises:
           OrcdError: before the first event, when the job is refused: NOT_READY, NOT_FOUND, BUSY, INVALID_PARAMS,
-            TIMEOUT.
+            TIMEOUT, or CANCELLED when it was cancelled so soon.
         """
         received_s = time.monotonic()
         model, engine = self._serving()
         if params.handle_id is not None and (self._handle is None or params.handle_id != self._handle.handle_id):
             raise OrcdError(ErrorCode.NOT_FOUND, "no such handle is loaded here; Ready lists them", field="handle_id")
-        key = (owner, params.job_id)
-        self._refuse_duplicate_or_full(key)
-        request = await self._request(model, params, received_s)
-        self._serving()
-        self._refuse_duplicate_or_full(key)  # others may have come while the prompt was tokenised
-        if request.deadline_s is not None and time.monotonic() >= request.deadline_s:
-            raise OrcdError(ErrorCode.TIMEOUT, "the deadline passed before the job could start", field="deadline_ms")
-        job, stream = engine.submit(request), JobStream()
-        self._live[key] = _LiveJob(owner, job, stream)
-        self._stream_of[job] = (key, stream)
-        self._busy()
+        live = self._jobs.admit(owner, params.job_id)
         try:
+            request = await self._request(model, params, received_s)
+            if live.stream.closed and isinstance(early := await live.stream.next(), Failed):
+                raise early.error
+            self._serving()  # it may have changed while the prompt was tokenised
+            if request.deadline_s is not None and time.monotonic() >= request.deadline_s:
+                raise OrcdError(
+                    ErrorCode.TIMEOUT, "the deadline passed before the job could start", field="deadline_ms"
+                )
+            self._jobs.attach(live, engine.submit(request))
             get_logger().info(
                 EventCode.EXECUTE_START,
                 human=narration.execute_start(job_id=params.job_id, tokens_in=len(request.prompt_ids)),
@@ -241,34 +241,35 @@ class Worker:
                 started_at_ms=time.time_ns() // 1_000_000,
                 seed=request.sampling.seed,
             )
-            async for event in self._events(stream, vram_bytes=self._vram_bytes(model)):
+            async for event in self._events(live.stream, vram_bytes=self._vram_bytes(model)):
                 if isinstance(event, Ended | Failed):
-                    self._forget(key, job)
+                    self._jobs.release(live)
                     self._log_end(params.job_id, event)
                 yield event
         finally:
-            if not stream.closed:
-                gone = OrcdError(ErrorCode.CANCELLED, "the client went away")
-                self._abort(key, job, stream, gone)
-                self._log_end(params.job_id, Failed(gone))
+            gone = Failed(OrcdError(ErrorCode.CANCELLED, "the client went away"))
+            if live.job is not None and live.stream.abort(gone):
+                engine.cancel(live.job)
+                self._log_end(params.job_id, gone)
+            self._jobs.leave(live)
 
     async def _events(self, stream: JobStream, vram_bytes: int) -> AsyncIterator[WorkerEvent]:
         """The stream's events, with Metrics in between."""
         tokens_out, first_s, due_s = 0, 0.0, time.monotonic() + METRICS_INTERVAL_S
         while True:
             event = await stream.next(timeout_s=max(0.0, due_s - time.monotonic()))
-            now = time.monotonic()
             if isinstance(event, Tokens):
-                first_s = first_s or now
+                first_s = first_s or time.monotonic()
                 tokens_out += len(event.ids)
             if event is not None:
                 yield event
                 if isinstance(event, Ended | Failed):
                     return
+            now = time.monotonic()  # not before the yield: a slow reader may have taken a while
             if now >= due_s and not stream.closed:
-                due_s = now + METRICS_INTERVAL_S
                 decode_time_ms = (now - first_s) * 1e3 if first_s else 0.0
                 yield Metrics(tokens_out=tokens_out, decode_time_ms=decode_time_ms, vram_bytes=vram_bytes)
+                due_s = time.monotonic() + METRICS_INTERVAL_S
 
     async def _request(self, model: ResidentModel, params: ExecuteParams, received_s: float) -> JobRequest:
         """Turns a caller's job into the engine's: prompt to ids, deadline to the clock, a seed if none was given."""
@@ -307,40 +308,20 @@ class Worker:
         return model.tokenizer.encode(rendered, add_special=False)
 
     async def cancel(self, job_id: str, owner: str) -> bool:
-        """Ends a job of this owner. False for a job that is unknown, foreign or over; harmless when repeated."""
-        live = self._live.get((owner, job_id))
-        if live is None:
+        """Ends a job of this owner: its reader sees CANCELLED next. False when it is unknown, foreign or over."""
+        live = self._jobs.find(owner, job_id)
+        cancelled = Failed(OrcdError(ErrorCode.CANCELLED, "the job was cancelled"))
+        if live is None or not live.stream.abort(cancelled):
             return False
-        error = OrcdError(ErrorCode.CANCELLED, "the job was cancelled")
-        self._abort((owner, job_id), live.job, live.stream, error)
+        if self._engine is not None and live.job is not None:
+            self._engine.cancel(live.job)
+        self._jobs.release(live)
         return True
 
-    def _abort(self, key: tuple[str, str], job: Job, stream: JobStream, error: OrcdError) -> None:
-        """Ends a job from this side: its reader sees ``error`` next, the engine drops it at its next step."""
-        stream.abort(Failed(error))
-        if self._engine is not None:
-            self._engine.cancel(job)
-        self._forget(key, job)
-
-    def _deliver(self, batch: list[Delivery]) -> None:
-        for job, event in batch:
-            entry = self._stream_of.get(job)
-            if entry is not None:
-                entry[1].put(event)
-
-    def _forget(self, key: tuple[str, str], job: Job) -> None:
-        self._stream_of.pop(job, None)
-        if self._live.get(key) is not None and self._live[key].job is job:
-            del self._live[key]
-        if not self._live:
-            self._idle.set()
-            if self.lifecycle.state is State.EXECUTING:
-                self.lifecycle.move(State.READY)
-
-    def _busy(self) -> None:
-        self._idle.clear()
-        if self.lifecycle.state is State.READY:
-            self.lifecycle.move(State.EXECUTING)
+    def _follow_jobs(self) -> None:
+        """READY while no slot is taken, EXECUTING while one is."""
+        if self.lifecycle.serving:
+            self.lifecycle.move(State.EXECUTING if len(self._jobs) else State.READY)
 
     def _serving(self) -> tuple[ResidentModel, Engine]:
         if not self.lifecycle.serving or self._model is None or self._engine is None:
@@ -350,18 +331,6 @@ class Worker:
                 retry_after_ms=1000,
             )
         return self._model, self._engine
-
-    def _refuse_duplicate_or_full(self, key: tuple[str, str]) -> None:
-        if key in self._live:
-            raise OrcdError(
-                ErrorCode.INVALID_PARAMS, "a job with this job_id is running; choose another", field="job_id"
-            )
-        if len(self._live) >= self.config.slots_total:
-            raise OrcdError(
-                ErrorCode.BUSY,
-                f"all {self.config.slots_total} slots are taken; retry later or use another worker",
-                retry_after_ms=RETRY_AFTER_MS,
-            )
 
     def _log_end(self, job_id: str, event: Ended | Failed) -> None:
         if isinstance(event, Ended):
@@ -431,7 +400,7 @@ class Worker:
             vocab_size=0 if manifest is None else manifest.model.vocab_size,
             max_context=0 if model is None else model.shape.max_context,
             slots_total=self.config.slots_total,
-            slots_used=len(self._live),
+            slots_used=len(self._jobs),
             vram_used_bytes=planned,
             vram_planned_bytes=planned,
             uptime_ms=int((time.monotonic() - self._started_s) * 1e3),

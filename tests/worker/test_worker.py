@@ -5,17 +5,21 @@ from __future__ import annotations
 import asyncio
 import shutil
 import threading
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import TypeVar
 
+import jax
 import pytest
 
+from orcd_jax.checkpoint.progress import Progress
 from orcd_jax.config import WorkerConfig
 from orcd_jax.engine.request import Ended, Failed, FinishReason, Tokens
 from orcd_jax.errors import ErrorCode, OrcdError
+from orcd_jax.worker import worker as worker_module
 from orcd_jax.worker.lifecycle import State
+from orcd_jax.worker.loader import ResidentModel, engine_shape, load_model
 from orcd_jax.worker.types import ChatMessage, ChatPrompt, ExecuteParams, Metrics, Started, WorkerEvent
 from orcd_jax.worker.worker import Worker
 from tests.conftest import PLATFORM
@@ -60,11 +64,22 @@ class Running:
     def run(self, work: Coroutine[object, object, Result]) -> Result:
         return self.begin(work).result(WAIT_S)
 
-    def close(self) -> None:
-        self.run(self.worker.stop())
+    def until_end_is_unread(self, job_id: str, owner: str = "o") -> None:
+        """Returns when the job's terminal event waits in its stream."""
+
+        async def wait() -> None:
+            live = self.worker._jobs.find(owner, job_id)
+            while live is not None and not live.stream.closed:
+                await asyncio.sleep(0.001)
+
+        self.run(wait())
+
+    def close(self) -> bool:
+        in_order = self.run(self.worker.stop())
         self.loop.call_soon_threadsafe(self.loop.stop)
         self._thread.join(WAIT_S)
         self.loop.close()
+        return in_order
 
 
 @pytest.fixture(scope="module")
@@ -104,8 +119,9 @@ class LongJob:
                 return
 
     def end(self) -> WorkerEvent:
-        """Reads to the terminal event."""
+        """Reads to the terminal event and past it."""
         self._running.run(self._until(Ended, Failed))
+        self.abandon()
         return self.events[-1]
 
     def abandon(self) -> None:
@@ -224,6 +240,62 @@ def test_a_client_that_goes_away_ends_its_job(running: Running) -> None:
     assert running.worker.lifecycle.state is State.READY
 
 
+@pytest.mark.requirement("WORKER-4254")
+def test_a_client_that_goes_away_after_the_end_but_before_reading_it_leaves_nothing_behind(running: Running) -> None:
+    """As many of them as there are slots would otherwise close the worker for good."""
+    for n in range(SLOTS + 1):
+        held = LongJob(running, long_job(f"o{n}", max_tokens=5))
+        running.until_end_is_unread(f"o{n}")
+        held.abandon()
+    assert running.worker.status().slots_used == 0
+    assert running.worker.lifecycle.state is State.READY
+
+
+@pytest.mark.requirement("WORKER-4250")
+def test_after_an_acknowledged_cancel_only_the_error_comes_even_when_the_end_was_on_its_way(running: Running) -> None:
+    held = LongJob(running, long_job("p", max_tokens=5))
+    running.until_end_is_unread("p")
+    read = len(held.events)
+    assert running.run(running.worker.cancel("p", "o"))
+    ended = held.end()
+    assert isinstance(ended, Failed)
+    assert ended.error.code is ErrorCode.CANCELLED
+    assert len(held.events) == read + 1
+
+
+@pytest.mark.requirement("WORKER-4254")
+def test_a_cancel_while_the_prompt_is_tokenised_refuses_the_job(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenising, go_on = threading.Event(), threading.Event()
+    real = Worker._tokenize_prompt
+
+    def slowly(model: ResidentModel, prompt: str | ChatPrompt) -> tuple[int, ...]:
+        tokenising.set()
+        assert go_on.wait(WAIT_S)
+        return real(model, prompt)
+
+    monkeypatch.setattr(Worker, "_tokenize_prompt", staticmethod(slowly))
+    refused = running.begin(outcome(running.worker, job("q")))
+    assert tokenising.wait(WAIT_S)
+    assert running.worker.status().slots_used == 1  # a slot is taken before anything is done for a job
+    assert running.run(running.worker.cancel("q", "o"))
+    assert running.worker.status().slots_used == 0
+    go_on.set()
+    assert refused.result(WAIT_S) is ErrorCode.CANCELLED
+
+
+@pytest.mark.requirement("WORKER-4240")
+def test_metrics_come_two_times_a_second_while_a_job_runs(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker_module, "METRICS_INTERVAL_S", 0.0)
+    events = running.run(events_of(running.worker, long_job("r", max_tokens=50)))
+    metrics = [event for event in events if isinstance(event, Metrics)]
+    assert metrics
+    assert [m.tokens_out for m in metrics] == sorted(m.tokens_out for m in metrics)
+    assert metrics[-1].tokens_out <= 50
+    assert isinstance(events[-1], Ended)
+
+
 # -- what is refused before it starts ----------------------------------------------------------------------------------
 
 
@@ -337,3 +409,108 @@ def test_a_model_that_does_not_load_stops_the_worker(tiny_checkpoint: Path, tmp_
     assert failing.worker.lifecycle.state is State.STOPPED
     assert failing.worker.status().status == "failed"
     failing.close()
+
+
+class BrokenDecode:
+    """The worker's programs, whose decode fails, or never answers, once it is told to."""
+
+    def __init__(self, running: Running, monkeypatch: pytest.MonkeyPatch, failure: Exception | None = None) -> None:
+        engine = running.worker._engine
+        assert engine is not None
+        self.failing, self.answer = threading.Event(), threading.Event()
+        real = engine._programs.decode
+
+        def decode(*arguments: object) -> object:
+            if self.failing.is_set():
+                if failure is not None:
+                    raise failure
+                assert self.answer.wait(WAIT_S)
+            return real(*arguments)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(engine._programs, "decode", decode)
+
+
+@pytest.fixture
+def fresh(tiny_checkpoint: Path) -> Iterator[Running]:
+    started = Running(config_of(tiny_checkpoint))
+    started.run(started.worker.start())
+    yield started
+    if started.loop.is_running():
+        started.close()
+
+
+@pytest.mark.requirement("WORKER-4032")
+def test_a_device_error_fails_every_live_job_stops_the_worker_and_says_why(
+    fresh: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = BrokenDecode(fresh, monkeypatch, jax.errors.JaxRuntimeError("INTERNAL: an illegal address at 0xdeadbeef"))
+    held = [LongJob(fresh, long_job(f"a{n}")) for n in range(SLOTS)]
+    broken.failing.set()
+    error = fresh.run(fresh.worker.wait_failed())
+    assert error.code is ErrorCode.CUDA_ERROR
+    assert "deadbeef" not in error.message
+    for one in held:
+        ended = one.end()
+        assert isinstance(ended, Failed)
+        assert ended.error.code is ErrorCode.CUDA_ERROR
+    assert fresh.worker.lifecycle.state is State.STOPPED
+    assert refusal(fresh, job("b")).code is ErrorCode.NOT_READY
+
+
+def test_running_out_of_memory_fails_the_jobs_and_the_next_one_succeeds(
+    fresh: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = BrokenDecode(fresh, monkeypatch, jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory"))
+    held = LongJob(fresh, long_job("a"))
+    broken.failing.set()
+    ended = held.end()
+    assert isinstance(ended, Failed)
+    assert ended.error.code is ErrorCode.VRAM_OOM
+    broken.failing.clear()
+    assert isinstance(fresh.run(events_of(fresh.worker, job("b")))[-1], Ended)
+    assert fresh.worker.lifecycle.state is State.READY
+
+
+@pytest.mark.requirement("WORKER-4970")
+def test_a_device_that_hangs_is_no_clean_stop_and_its_jobs_are_told(
+    fresh: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_module, "STOP_TIMEOUT_S", 0.2)
+    broken = BrokenDecode(fresh, monkeypatch)
+    held = LongJob(fresh, long_job("a"))
+    broken.failing.set()
+    stopped = fresh.begin(fresh.worker.stop())
+    ended = held.end()
+    assert isinstance(ended, Failed)
+    assert ended.error.code is ErrorCode.CUDA_ERROR
+    assert stopped.result(WAIT_S) is False
+    broken.answer.set()
+
+
+def test_a_worker_that_is_stopped_while_it_loads_never_becomes_ready(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loading, go_on = threading.Event(), threading.Event()
+
+    def slowly(config: WorkerConfig, progress: Callable[[Progress], None]) -> ResidentModel:
+        loading.set()
+        assert go_on.wait(WAIT_S)
+        return load_model(config, progress)
+
+    monkeypatch.setattr(worker_module, "load_model", slowly)
+    stopped = Running(config_of(tiny_checkpoint))
+    started = stopped.begin(stopped.worker.start())
+    assert loading.wait(WAIT_S)
+    stopped.run(stopped.worker.stop())
+    go_on.set()
+    with pytest.raises(OrcdError, match="stopped while it loaded"):
+        started.result(WAIT_S)
+    assert stopped.states[-1] is State.STOPPED
+    assert State.READY not in stopped.states
+    stopped.close()
+
+
+def test_the_context_is_exactly_what_was_asked_for(tiny_checkpoint: Path) -> None:
+    """Pages hold 64 tokens each, but a job may not use what its last page has left over."""
+    assert engine_shape(config_of(tiny_checkpoint, max_context="100"), 512).max_context == 100
+    assert engine_shape(config_of(tiny_checkpoint), 200).max_context == 200
