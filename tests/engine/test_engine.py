@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import threading
+import time
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from orcd_jax.engine.engine import Delivery, Engine, Job
+from orcd_jax.engine.engine import MAX_OOMS, Delivery, Engine, Job
 from orcd_jax.engine.prefill_call import PrefillCall
-from orcd_jax.engine.request import Ended, Event, Failed, FinishReason, JobRequest, Tokens
+from orcd_jax.engine.request import Ended, Event, Failed, FinishReason, JobRequest, SamplingParams, Tokens
 from orcd_jax.engine.state import DecodeState, EngineShape, zero_state
 from orcd_jax.errors import ErrorCode, OrcdError
 from tests.engine.tiny import TINY
@@ -32,21 +35,29 @@ class ScriptedPrograms:
 
     shape: EngineShape = SHAPE
     fail_at: int = -1
+    fail_from: int = 10**9
     failure: Exception | None = None
     gate: threading.Semaphore | None = None
+    not_a_number_after: int = -1
     calls: int = 0
     inits: int = 0
     at: dict[int, int] = field(default_factory=dict)
+    log: list[str] = field(default_factory=list)
+    pages: list[weakref.ref[jax.Array]] = field(default_factory=list)
+    pages_alive_at_init: list[bool] = field(default_factory=list)
 
     def init(self) -> DecodeState:
         self.inits += 1
-        return zero_state(TINY, self.shape)
+        self.pages_alive_at_init = [page() is not None for page in self.pages]
+        state = zero_state(TINY, self.shape)
+        self.pages = [weakref.ref(page) for page in jax.tree.leaves(state.kv)]
+        return state
 
     def _step(self) -> None:
         self.calls += 1
         if self.calls > 2 and self.gate is not None:  # the first two are the warm-up
             assert self.gate.acquire(timeout=WAIT_S)
-        if self.calls == self.fail_at and self.failure is not None:
+        if (self.calls == self.fail_at or self.calls >= self.fail_from) and self.failure is not None:
             raise self.failure
 
     def prefill(self, params: object, state: DecodeState, call: PrefillCall) -> tuple[DecodeState, object]:
@@ -63,14 +74,31 @@ class ScriptedPrograms:
         out = np.zeros((self.shape.rows,), np.int32)
         for row in np.flatnonzero(run):
             self.at[int(row)] += 1
-            out[row] = self.at[int(row)] % 128
-        return state, out
+            out[row] = -1 if self.at[int(row)] == self.not_a_number_after + 1 else self.at[int(row)] % 128
+        self.log.append("decode")
+        return state, Future(out, self.log)
+
+
+class Future:
+    """Tokens on their way to the host; notes when they are read."""
+
+    def __init__(self, tokens: np.ndarray, log: list[str]) -> None:
+        self._tokens, self._log = tokens, log
+
+    def __array__(self, dtype: object = None, copy: bool | None = None) -> np.ndarray:
+        self._log.append("read")
+        return self._tokens
 
 
 class Harness:
     """Runs an engine over scripted programs and collects what each job is told."""
 
-    def __init__(self, programs: ScriptedPrograms, clock: Callable[[], float] = lambda: 0.0) -> None:
+    def __init__(
+        self,
+        programs: ScriptedPrograms,
+        clock: Callable[[], float] = lambda: 0.0,
+        token_bytes: tuple[bytes, ...] = BYTES,
+    ) -> None:
         self.programs = programs
         self.events: dict[Job, list[Event]] = {}
         self.fatal: list[OrcdError] = []
@@ -78,7 +106,7 @@ class Harness:
         self.engine = Engine(
             programs,
             {},
-            token_bytes=BYTES,
+            token_bytes=token_bytes,
             eos_ids=[EOS],
             deliver=self._deliver,
             on_fatal=self._on_fatal,
@@ -99,7 +127,10 @@ class Harness:
 
     def wait(self, predicate: Callable[[], bool]) -> None:
         with self._changed:
-            assert self._changed.wait_for(predicate, WAIT_S), (self.events, self.fatal)
+            deadline = time.monotonic() + WAIT_S
+            while not predicate():  # what the programs count changes without a notice
+                assert time.monotonic() < deadline, (self.events, self.fatal)
+                self._changed.wait(0.01)
 
     def finish(self, job: Job) -> list[Event]:
         self.wait(lambda: any(isinstance(e, Ended | Failed) for e in self.events.get(job, [])))
@@ -245,6 +276,162 @@ def test_stopping_fails_what_still_runs() -> None:
         harness.programs.gate.release()  # type: ignore[union-attr]
     assert harness.engine.stop(WAIT_S)
     assert sum(isinstance(e, Ended | Failed) for e in harness.events[job]) == 1
+
+
+def terminal(events: list[Event]) -> list[Event]:
+    return [event for event in events if isinstance(event, Ended | Failed)]
+
+
+def test_the_next_step_is_dispatched_before_the_last_one_is_read() -> None:
+    harness = Harness(ScriptedPrograms())
+    harness.programs.log.clear()
+    harness.run("a", 6)
+    log = harness.programs.log
+    assert log[:3] == ["decode", "decode", "read"]
+    assert log.count("read") == log.count("decode") == 5  # the first of the six tokens is the prefill's
+    assert harness.engine.stop(WAIT_S)
+
+
+@pytest.mark.requirement("WORKER-4032")
+def test_every_job_that_reaches_an_engine_while_it_dies_is_told() -> None:
+    """Running, waiting for a row, still in the inbox: each gets one terminal event."""
+    gate = threading.Semaphore(1)
+    harness = Harness(ScriptedPrograms(fail_at=4, failure=RuntimeError("boom"), gate=gate))
+    first = harness.engine.submit(request("a", 50))
+    harness.wait(lambda: harness.programs.calls >= 4)  # the failing step is held back
+    others = [harness.engine.submit(request(letter, 50)) for letter in "bcd"]
+    gate.release()
+    for job in (first, *others):
+        assert isinstance(harness.finish(job)[-1], Failed)
+    harness.wait(lambda: bool(harness.fatal))
+    with pytest.raises(OrcdError) as caught:
+        harness.engine.submit(request("e"))
+    assert caught.value is harness.fatal[0]
+    assert harness.engine.stop(WAIT_S)
+    assert all(len(terminal(events)) == 1 for events in harness.events.values())
+
+
+def test_stopping_tells_waiting_jobs_too_and_lets_none_in_after() -> None:
+    gate = threading.Semaphore(1)
+    harness = Harness(ScriptedPrograms(gate=gate))
+    jobs = [harness.engine.submit(request(letter, 50)) for letter in "abcd"]  # two rows
+    harness.wait(lambda: harness.programs.calls >= 4)
+    harness.engine._inbox.put(harness.engine._stop)
+    late = harness.engine.submit(request("e"))
+    for _ in range(4):
+        gate.release()
+    assert harness.engine.stop(WAIT_S)
+    assert [len(terminal(harness.finish(job))) for job in (*jobs, late)] == [1, 1, 1, 1, 1]
+    with pytest.raises(OrcdError, match="the worker stopped"):
+        harness.engine.submit(request("f"))
+    assert harness.fatal == []
+
+
+@pytest.mark.requirement("WORKER-4400")
+def test_running_out_of_memory_again_and_again_stops_the_engine() -> None:
+    harness = Harness(ScriptedPrograms(fail_from=3, failure=MemoryError()))
+    for n in range(MAX_OOMS):
+        assert not harness.fatal, n
+        assert isinstance(harness.run("a")[-1], Failed)
+    harness.wait(lambda: bool(harness.fatal))
+    assert harness.fatal[0].code is ErrorCode.HOST_OOM
+    assert harness.engine.stop(WAIT_S)
+
+
+@pytest.mark.requirement("WORKER-4400")
+def test_the_lost_state_is_gone_before_a_new_one_is_made() -> None:
+    """Both together would need twice the memory, when there is none."""
+    harness = Harness(ScriptedPrograms(fail_at=4, failure=MemoryError()))
+    harness.run("a", 50)
+    assert text(harness.run("a")) == "bcdef"
+    assert harness.programs.pages_alive_at_init
+    assert not any(harness.programs.pages_alive_at_init)
+    assert harness.engine.stop(WAIT_S)
+
+
+def test_an_engine_whose_events_cannot_be_handed_off_says_so_and_ends() -> None:
+    fatal: list[OrcdError] = []
+    told = threading.Event()
+
+    def refuse(batch: list[Delivery]) -> None:
+        raise ValueError("the reader is broken")
+
+    def on_fatal(error: OrcdError) -> None:
+        fatal.append(error)
+        told.set()
+
+    engine = Engine(ScriptedPrograms(), {}, token_bytes=BYTES, eos_ids=[EOS], deliver=refuse, on_fatal=on_fatal)
+    engine.start()
+    engine.submit(request("a"))
+    assert told.wait(WAIT_S)
+    assert fatal[0].code is ErrorCode.INTERNAL
+    assert engine.stop(WAIT_S)
+
+
+@pytest.mark.requirement("WORKER-4240")
+def test_a_deadline_ends_a_job_that_still_waits_for_a_row() -> None:
+    now = [0.0]
+    gate = threading.Semaphore(1)
+    harness = Harness(ScriptedPrograms(gate=gate), clock=lambda: now[0])
+    running = [harness.engine.submit(request(letter, 50)) for letter in "ab"]
+    waiting = harness.engine.submit(request("c", 5, deadline_s=10.0))
+    harness.wait(lambda: harness.programs.calls >= 4)
+    now[0] = 10.0
+    gate.release()
+    gate.release()
+    (only,) = harness.finish(waiting)
+    assert isinstance(only, Failed)
+    assert only.error.code is ErrorCode.TIMEOUT
+    assert all(not terminal(harness.events.get(job, [])) for job in running)
+    for _ in range(200):
+        gate.release()
+    assert harness.engine.stop(WAIT_S)
+
+
+def test_values_that_are_not_numbers_fail_their_job_alone() -> None:
+    """The programs answer -1 where a logit is not a number."""
+    harness = Harness(ScriptedPrograms(not_a_number_after=ord("x")))
+    broken, other = (harness.engine.submit(request(letter, 5)) for letter in "wa")
+    last = harness.finish(broken)[-1]
+    assert isinstance(last, Failed)
+    assert last.error.code is ErrorCode.INTERNAL
+    assert text(harness.events[broken]) == "x"
+    assert text(harness.finish(other)) == "bcdef"
+    assert harness.engine.stop(WAIT_S)
+
+
+def test_a_stop_string_that_the_end_completes_counts() -> None:
+    """An unfinished character becomes U+FFFD when the text ends, and only then."""
+    harness = Harness(
+        ScriptedPrograms(), token_bytes=tuple(b"\xe2" if i == ord("c") else b for i, b in enumerate(BYTES))
+    )
+    events = harness.run("a", max_tokens=2, stop=("\ufffd",))
+    end = events[-1]
+    assert isinstance(end, Ended)
+    assert end.finish_reason is FinishReason.STOP
+    assert text(events) == "b"
+    assert harness.engine.stop(WAIT_S)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"temperature": -1.0},
+        {"temperature": float("nan")},
+        {"top_k": 2**31},
+        {"top_p": 0.0},
+        {"min_p": 1.5},
+        {"seed": 2**64},
+    ],
+)
+@pytest.mark.requirement("WORKER-4410")
+def test_sampling_that_the_device_cannot_hold_is_refused_at_the_door(
+    harness: Harness, wrong: dict[str, object]
+) -> None:
+    with pytest.raises(OrcdError) as caught:
+        harness.engine.submit(request("a", sampling=SamplingParams(**wrong)))  # type: ignore[arg-type]
+    assert caught.value.code is ErrorCode.INVALID_PARAMS
+    assert text(harness.run("a")) == "bcdef"
 
 
 @pytest.mark.parametrize(

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
 from orcd_jax.engine.prefill_call import PrefillCallBuilder
 from orcd_jax.engine.programs import Programs
+from orcd_jax.engine.request import SamplingParams
+from orcd_jax.engine.sampling import SamplingRows, choose
 from orcd_jax.engine.state import EngineShape, kv_bytes
 from tests.engine.tiny import SHAPE, TINY, LogitsDriver, loud_params
 
@@ -18,6 +22,7 @@ Floats = NDArray[np.float64]
 PARAMS = loud_params(TINY)
 TOKENS = [int(t) for t in np.random.default_rng(1).integers(0, TINY.vocab_size, 45)]
 IN_ORDER = list(range(16))
+PROGRAMS = functools.cache(lambda device: Programs(TINY, SHAPE, device))
 
 
 def reference_logits(tokens: list[int]) -> Floats:
@@ -132,7 +137,7 @@ def test_a_job_reads_nothing_it_did_not_write() -> None:
 
 @pytest.mark.requirement("WORKER-4702")
 def test_idle_blocks_and_rows_write_nothing(device: jax.Device) -> None:
-    programs = Programs(TINY, SHAPE, device)
+    programs = PROGRAMS(device)
     state = programs.init()
     before = jax.tree.map(np.asarray, state)
     state, _ = programs.prefill(PARAMS, state, PrefillCallBuilder(SHAPE, 1).build())
@@ -142,7 +147,7 @@ def test_idle_blocks_and_rows_write_nothing(device: jax.Device) -> None:
 
 @pytest.mark.requirement("WORKER-4013")
 def test_state_is_donated_and_reused_in_place(device: jax.Device) -> None:
-    programs = Programs(TINY, SHAPE, device)
+    programs = PROGRAMS(device)
     state = programs.init()
     page = state.kv[0].keys[0]
     at = page.unsafe_buffer_pointer()
@@ -153,7 +158,7 @@ def test_state_is_donated_and_reused_in_place(device: jax.Device) -> None:
 
 def test_prefill_installs_the_row_that_decode_continues(device: jax.Device) -> None:
     """Greedy tokens through the real programs equal the arg max of the dense forward pass, step by step."""
-    programs, prompt = Programs(TINY, SHAPE, device), TOKENS[:13]
+    programs, prompt = PROGRAMS(device), TOKENS[:13]
     state, got = programs.init(), []
     builder, pages = PrefillCallBuilder(SHAPE, 1), [9, 2, 7, 4, 30, 11]
     builder.add(prompt[:8], 0, pages)
@@ -170,6 +175,46 @@ def test_prefill_installs_the_row_that_decode_continues(device: jax.Device) -> N
     assert got == expected[13:]
 
 
+@pytest.mark.requirement("WORKER-4700")
+@pytest.mark.parametrize(
+    "filters", [{}, {"top_k": 2}, {"top_p": 0.2}, {"min_p": 0.6}], ids=["no filter", "top_k", "top_p", "min_p"]
+)
+def test_a_sampled_row_is_drawn_by_its_own_parameters_at_its_own_positions(
+    filters: dict[str, float], device: jax.Device
+) -> None:
+    """Logits of the dense forward pass, and what ``sampling`` (tested by itself) draws from them at each position."""
+    programs, prompt = PROGRAMS(device), TOKENS[:13]
+    params = SamplingParams(temperature=1.9, seed=2**40 + 17, **filters)  # type: ignore[arg-type]
+    builder, pages = PrefillCallBuilder(SHAPE, 1), [9, 2, 7, 4, 30, 11]
+    builder.add(prompt[:8], 0, pages)
+    builder.add(prompt[8:], 8, pages, row=2, sampling=params)
+    call = builder.build()
+    state, tokens = programs.prefill(PARAMS, programs.init(), call)
+    got, run = [int(tokens[1])], np.arange(SHAPE.rows) == 2
+    for _ in range(7):
+        state, tokens = programs.decode(PARAMS, state, run)
+        got.append(int(tokens[2]))
+
+    def drawn(sampling: SamplingParams) -> list[int]:
+        rows = SamplingRows(
+            temperature=jnp.asarray([sampling.temperature], jnp.float32),
+            top_k=jnp.asarray([sampling.top_k], jnp.int32),
+            top_p=jnp.asarray([sampling.top_p], jnp.float32),
+            min_p=jnp.asarray([sampling.min_p], jnp.float32),
+            seed=jnp.asarray([[sampling.seed >> 32, sampling.seed & 0xFFFFFFFF]], jnp.uint32),
+            sample=jnp.zeros((1,), jnp.uint32),
+        )
+        sequence = list(prompt)
+        for _ in got:
+            logits = jnp.asarray(reference_logits(sequence)[-1:], jnp.float32)
+            sequence.append(int(choose(logits, jnp.asarray([len(sequence)], jnp.int32), rows)[0]))
+        return sequence[len(prompt) :]
+
+    assert got == drawn(params)
+    unfiltered = drawn(replace(params, top_k=0, top_p=1.0, min_p=0.0))
+    assert (got == unfiltered) is (not filters)  # each filter matters here
+
+
 def test_kv_bytes_is_what_the_state_holds(device: jax.Device) -> None:
-    state = Programs(TINY, SHAPE, device).init()
+    state = PROGRAMS(device).init()
     assert sum(x.nbytes for x in jax.tree.leaves(state.kv)) == kv_bytes(TINY, SHAPE)

@@ -139,6 +139,19 @@ def test_filters_keep_what_sorting_says(values: list[float], top_k: int, top_p: 
     assert {i for i in got if i < len(values)} == alive
 
 
+@pytest.mark.parametrize("temperature", [1e-6, 8e-38, 5e-38, 1.2e-38])
+def test_a_tiny_temperature_is_greedy(temperature: float) -> None:
+    logits = jnp.asarray([[5.0, 20.0, 30.0, -1.0]], jnp.float32)
+    assert choose(logits, at(1), rows(temperature=temperature, seed=9)).tolist() == [2]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_logit_that_is_not_a_number_is_told_and_stays_in_its_row(temperature: float) -> None:
+    logits = jnp.asarray([[1.0, jnp.nan, 3.0], [1.0, 9.0, 3.0]], jnp.float32)
+    assert choose(logits, at(2), rows(2, temperature=temperature, seed=1)).tolist()[0] == -1
+    assert choose(logits, at(2), rows(2, temperature=temperature, seed=1)).tolist()[1] >= 0
+
+
 def test_top_k_keeps_ties_with_the_kth() -> None:
     assert kept(jnp.asarray([[3.0, 1.0, 2.0, 2.0, 0.0]], jnp.float32), top_k=2) == {0, 2, 3}
 
