@@ -11,7 +11,6 @@ import itertools
 import os
 import signal
 import sys
-import traceback
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -359,11 +358,8 @@ def report(error: BaseException) -> ExitCode:
     if isinstance(error, OrcdError):
         logger.error(log.EventCode.ERROR, human=error.message, code=error.code.value, field=error.field)
         return exit_code_of(error)
-    # Where, but not what: an exception's own text may hold data.
-    frames = traceback.extract_tb(error.__traceback__)[-4:]
-    where = " < ".join(f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in reversed(frames))
     human = f"An internal error ({type(error).__name__}): please report it with this line."
-    logger.error(log.EventCode.ERROR, human=human, code=ErrorCode.INTERNAL.value, where=where)
+    logger.error(log.EventCode.ERROR, human=human, code=ErrorCode.INTERNAL.value, where=log.where(error))
     return ExitCode.INTERNAL
 
 

@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import struct
-import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 from grpclib.const import Cardinality, Handler, Status
@@ -25,7 +23,7 @@ from orcd_jax.errors import ErrorCode, OrcdError
 from orcd_jax.server.auth import Tokens
 from orcd_jax.server.codec import MalformedMessage, StrictCodec
 from orcd_jax.server.status import grpc_error
-from orcd_jax.telemetry.log import EventCode, get_logger
+from orcd_jax.telemetry.log import EventCode, get_logger, where
 
 MAX_MESSAGE_BYTES = 4 * 2**20
 # A client that stops reading would hold its job's slot for ever: HTTP/2 has no write timeout.
@@ -176,10 +174,8 @@ def internal_error() -> OrcdError:
 
 def report_unexpected(error: Exception) -> None:
     """Logs a bug: where, but not what, for an exception's own text may hold data."""
-    frames = traceback.extract_tb(error.__traceback__)[-4:]
-    where = " < ".join(f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in reversed(frames))
     human = f"An internal error ({type(error).__name__}) ended a call: please report it with this line."
-    get_logger().error(EventCode.ERROR, human=human, code=ErrorCode.INTERNAL.value, where=where)
+    get_logger().error(EventCode.ERROR, human=human, code=ErrorCode.INTERNAL.value, where=where(error))
 
 
 def _authorization(stream: Stream[Any, Any]) -> Sequence[object]:

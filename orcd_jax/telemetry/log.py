@@ -11,8 +11,10 @@ from __future__ import annotations
 import enum
 import logging
 import sys
+import traceback
 import unicodedata
 from collections.abc import MutableMapping
+from pathlib import Path
 from typing import Literal, TextIO, cast
 
 import structlog
@@ -144,6 +146,12 @@ def neutral(text: str, limit: int = _LONGEST_TEXT) -> str:
     """Text that cannot steer a terminal or a reader: control, escape and direction characters become ``?``."""
     shown = text if len(text) <= limit else text[: limit - 1] + "…"
     return "".join("?" if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") else c for c in shown)
+
+
+def where(error: BaseException) -> str:
+    """Where an unexpected exception came from, innermost first; not what it says, which may hold a caller's data."""
+    frames = traceback.extract_tb(error.__traceback__)[-4:]
+    return " < ".join(f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in reversed(frames))
 
 
 def _only_known_fields(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
