@@ -100,6 +100,8 @@ def fetch(target: Path) -> bool:
     """
     if is_whole(target):
         return False
+    again = "again: the file that is there is damaged" if target.exists() else "once"
+    print(f"fetching SmolLM2-135M-Instruct (93 MB, {again}) …", file=sys.stderr)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as directory:
@@ -115,8 +117,6 @@ def fetch(target: Path) -> bool:
 def main(arguments: list[str]) -> int:
     """Fetches into the folder given, or the default one, and prints the path; the exit code."""
     target = (Path(arguments[0]) if arguments else CACHE) / NAME
-    if not target.exists():
-        print("fetching SmolLM2-135M-Instruct (93 MB, once) …", file=sys.stderr)
     try:
         fetch(target)
     except FetchError as error:
