@@ -10,8 +10,13 @@ from pathlib import Path
 os.environ["JAX_PLATFORMS"] = "cpu"  # a conversion needs no GPU and must not take one's memory
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from orcd_jax.checkpoint.convert.command import run
-from orcd_jax.checkpoint.convert.gguf import open_gguf
+try:
+    from orcd_jax.checkpoint.convert.command import run
+    from orcd_jax.checkpoint.convert.gguf import open_gguf
+except ModuleNotFoundError as missing:
+    sys.exit(
+        f"error: {missing.name} is not installed for {sys.executable}: use the Python that has orcd-jax's packages"
+    )
 
 if __name__ == "__main__":
     sys.exit(

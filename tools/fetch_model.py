@@ -122,6 +122,9 @@ def main(arguments: list[str]) -> int:
     except FetchError as error:
         print(f"fetch_model: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        print("fetch_model: interrupted", file=sys.stderr)
+        return 130
     print(target)
     return 0
 

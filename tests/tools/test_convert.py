@@ -245,7 +245,7 @@ def test_an_interrupt_is_an_exit_code_of_its_own(
     monkeypatch.setattr(command, "write_checkpoint", interrupted)
     code, said = convert("gguf", gguf(tmp_path / "m.gguf"), tmp_path / "out")
     assert code is ExitCode.INTERRUPTED
-    assert said == "interrupted: nothing was left behind\n"
+    assert said == "interrupted: nothing that looks finished was left behind\n"
 
 
 # -- as processes ------------------------------------------------------------------------------------------------------
@@ -348,6 +348,6 @@ def test_a_killed_conversion_never_looks_finished_and_the_next_one_is_whole(tmp_
 def test_ctrl_c_leaves_nothing(tmp_path: Path, slow_source: Path, lines: int) -> None:
     code, said = stopped_after(lines, signal.SIGINT, slow_source, tmp_path / "out")
     assert code == ExitCode.INTERRUPTED
-    assert said.splitlines()[-1] == "interrupted: nothing was left behind"
+    assert said.splitlines()[-1] == "interrupted: nothing that looks finished was left behind"
     assert "Traceback" not in said
     assert list(tmp_path.iterdir()) == []

@@ -80,7 +80,7 @@ def run(argv: Sequence[str], *, open_source: Open, source: str, example: str) ->
         out.print(f"error: {neutral(error.message)}", markup=False, soft_wrap=True)
         return ExitCode.USAGE if error.code is ErrorCode.INVALID_PARAMS else ExitCode.MODEL
     except KeyboardInterrupt:
-        out.print("interrupted: nothing was left behind", markup=False)
+        out.print("interrupted: nothing that looks finished was left behind", markup=False)
         return ExitCode.INTERRUPTED
     _summarise(out, manifest, given.destination, time.monotonic() - began)
     return ExitCode.OK
