@@ -20,7 +20,7 @@ from orcd_jax.errors import ErrorCode, OrcdError
 
 # Tokens in a prefill block: the grid on which prompts are computed and prefixes shared.
 BLOCK_TOKENS = 128
-# Rows of the decode program. A CPU step costs 3 times as much at 4 rows as at 1, idle or not (SmolLM2-135M, two cores):
+# Rows of the decode program. On a CPU idle rows cost as much as busy ones, and 4 several times as much as 1:
 # few rows keep a development run alive. A GPU step is bound by reading the weights: rows are almost free up to 64.
 DEFAULT_SLOTS = {"cpu": 4, "cuda": 64}
 # A GPU needs about 1 024 tokens a call to keep its matrix units busy; a CPU gains nothing from larger calls.
