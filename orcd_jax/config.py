@@ -27,6 +27,7 @@ DEFAULT_SLOTS = {"cpu": 4, "cuda": 64}
 DEFAULT_PREFILL_TOKENS = {"cpu": 128, "cuda": 1024}
 
 _IDENTIFIER = re.compile(r"[A-Za-z0-9_-]{1,256}")
+_SHA256 = re.compile(r"[0-9A-Fa-f]{64}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +57,7 @@ class ConfigError(OrcdError):
         self.problems = tuple(problems)
 
 
-_IDENTITY, _MODEL, _NETWORK = "Identity", "Model and device", "Network"
+_IDENTITY, _MODEL, _NETWORK, _TRUST = "Identity", "Model and device", "Network", "Seals and trust"
 _CAPACITY, _LIMITS, _OPERATION = "Capacity", "Limits", "Operation"
 
 
@@ -75,6 +76,19 @@ class WorkerConfig(BaseModel):
     model_path: Annotated[Path, Flag(_MODEL, "the directory that a convert tool wrote")] = Field(
         description="Checkpoint directory, made by tools/convert_gguf.py or tools/convert_hf.py. Required."
     )
+    model_root: Annotated[Path | None, Flag(_MODEL, "a directory")] = Field(
+        default=None,
+        description="Directory below which Plan and Commit may name other models. Without it only --model_path.",
+    )
+    await_commit: Annotated[bool, Flag(_MODEL, "true or false")] = Field(
+        default=False, description="Load nothing at start: listen, and load what the first Commit names."
+    )
+    max_model_bytes: Annotated[int, Field(ge=1, le=2**50), Flag(_MODEL, "a number of bytes from 1 to 2^50")] = Field(
+        default=100_000_000_000, description="Largest model that is loaded, in bytes of its weights."
+    )
+    max_staging_bytes: Annotated[
+        int, Field(ge=2**20, le=2**50), Flag(_MODEL, "a number of bytes from 2^20 to 2^50")
+    ] = Field(default=8 * 2**30, description="Host memory that restoring the weights may use at once, in bytes.")
     platform: Annotated[Literal["cuda", "cpu"], Flag(_MODEL, "cuda or cpu")] = Field(
         default="cuda",
         description="Where to run. cpu is for development and tests: residency is emulated. There is no fallback.",
@@ -83,18 +97,46 @@ class WorkerConfig(BaseModel):
         default=0,
         description="Index of the GPU this worker owns, among those CUDA_VISIBLE_DEVICES shows when it is set.",
     )
+    allow_shared_gpu: Annotated[bool, Flag(_MODEL, "true or false")] = Field(
+        default=False, description="Load although other processes hold memory of the GPU. No plan is certain then."
+    )
+    emulated_memory: Annotated[int, Field(ge=0, le=2**50), Flag(_MODEL, "a number of bytes from 0 to 2^50")] = Field(
+        default=0,
+        description="With --platform=cpu: bytes of device memory to plan for, as if there were a device. 0: no limit.",
+    )
 
     rpc_port: Annotated[int, Field(ge=1024, le=65535), Flag(_NETWORK, "an integer from 1024 to 65535")] = Field(
         description="Port of the gRPC server. Required."
+    )
+    tls_cert_file: Annotated[Path | None, Flag(_NETWORK, "a PEM file")] = Field(
+        default=None, description="Certificate chain of the gRPC server; with --tls_key_file. Without: no TLS."
+    )
+    tls_key_file: Annotated[Path | None, Flag(_NETWORK, "a PEM file that only its owner can read")] = Field(
+        default=None, description="Private key of the certificate. Mode 0600."
+    )
+    tls_client_ca_file: Annotated[Path | None, Flag(_NETWORK, "a PEM file")] = Field(
+        default=None, description="Authorities whose client certificates are let in, and no one else (mutual TLS)."
     )
     allow_insecure_bind: Annotated[bool, Flag(_NETWORK, "true or false")] = Field(
         default=False, description="Listen on an address that other hosts reach, although traffic is not encrypted."
     )
     bind_address: Annotated[str, Flag(_NETWORK, "an IP address")] = Field(
-        default="127.0.0.1", description="Address of the gRPC server. Other than loopback needs --allow_insecure_bind."
+        default="127.0.0.1",
+        description="Address of the gRPC server. Other than loopback needs TLS or --allow_insecure_bind.",
     )
     api_token_file: Annotated[Path, Flag(_NETWORK, "a file that only its owner can read")] = Field(
         description="File with the bearer token (32 characters or more) that clients must send. Mode 0600. Required."
+    )
+    control_token_file: Annotated[Path | None, Flag(_NETWORK, "a file that only its owner can read")] = Field(
+        default=None,
+        description="File with the bearer token for Plan, Commit, Attest, GetStatus, Drain and Shutdown. Mode 0600. "
+        "Without it nobody can call these.",
+    )
+    open_ready: Annotated[bool, Flag(_NETWORK, "true or false")] = Field(
+        default=False, description="Answer Ready without a token."
+    )
+    metrics_port: Annotated[int, Field(ge=-1, le=65535), Flag(_NETWORK, "-1, 0, or a port from 1024 to 65535")] = Field(
+        default=0, description="Loopback port of /metrics and health over HTTP. 0: a free one, logged. -1: none."
     )
     standalone: Annotated[bool, Flag(_NETWORK, "true or false")] = Field(
         default=False, description="Run without a pool manager: nobody is told when the worker is ready."
@@ -108,6 +150,34 @@ class WorkerConfig(BaseModel):
     callback_deadline: Annotated[
         float, Field(ge=1, le=3600, allow_inf_nan=False), Flag(_NETWORK, "a number of seconds from 1 to 3600")
     ] = Field(default=60.0, description="Seconds to keep trying the callback; then the worker drains and exits with 8.")
+
+    expected_digest: Annotated[str, Flag(_TRUST, "64 hex digits")] = Field(
+        default="", description="Model digest the weights must have. With it, or a trusted signature, they are pinned."
+    )
+    signature_file: Annotated[Path | None, Flag(_TRUST, "a file that `orcd sign` or model-signing wrote")] = Field(
+        default=None, description="Signature over the model; needs --trusted_keys_file."
+    )
+    trusted_keys_file: Annotated[Path | None, Flag(_TRUST, "a PEM file of public keys")] = Field(
+        default=None, description="Public keys whose signatures over a model are trusted."
+    )
+    require_pinned: Annotated[bool, Flag(_TRUST, "true or false")] = Field(
+        default=False, description="Refuse a model without an expected digest or a trusted signature."
+    )
+    seal_max_age: Annotated[
+        float, Field(ge=0, le=5, allow_inf_nan=False), Flag(_TRUST, "a number of seconds from 0 to 5")
+    ] = Field(
+        default=5.0,
+        description="Seconds for which a proof of the weights on the device holds. No token leaves later than this "
+        "after the last proof of any byte. 0: a whole proof before each job, and every 5 s meanwhile.",
+    )
+    seal_key_file: Annotated[Path | None, Flag(_TRUST, "a file that only its owner can read")] = Field(
+        default=None, description="Key of the seal, 64 hex digits. Without it: a random one for each process."
+    )
+    identity_key_file: Annotated[Path | None, Flag(_TRUST, "a file that only its owner can read")] = Field(
+        default=None,
+        description="Ed25519 key (PEM) that signs attestations; made at the first start. Default: identity.pem in "
+        "--state_dir.",
+    )
 
     slots_total: Annotated[int, Field(ge=0, le=1024), Flag(_CAPACITY, "an integer from 0 to 1024")] = Field(
         default=0, description="Jobs that run together. 0: 64 on cuda, 4 on cpu."
@@ -135,6 +205,28 @@ class WorkerConfig(BaseModel):
         default=30_000, description="Milliseconds running jobs get to finish after the first SIGTERM."
     )
 
+    watchdog_timeout: Annotated[
+        float, Field(ge=5, le=3600, allow_inf_nan=False), Flag(_LIMITS, "a number of seconds from 5 to 3600")
+    ] = Field(default=30.0, description="Seconds without progress of the device, or of the process, until it is ended.")
+    max_restarts: Annotated[int, Field(ge=0, le=1000), Flag(_LIMITS, "an integer from 0 to 1000")] = Field(
+        default=5, description="Abnormal ends within five minutes after which the worker does not start. 0: no limit."
+    )
+
+    state_dir: Annotated[Path | None, Flag(_OPERATION, "a directory that only its owner can use")] = Field(
+        default=None,
+        description="Where the worker keeps its identity key, its restarts, its recorded plans and the audit log. "
+        "Default: $STATE_DIRECTORY, else ~/.local/state/orcd-jax; in it a folder for each worker_id.",
+    )
+    audit_fsync: Annotated[Literal["always", "critical", "never"], Flag(_OPERATION, "always, critical or never")] = (
+        Field(default="critical", description="Which audit records are forced onto the disk at once.")
+    )
+    audit_on_failure: Annotated[Literal["continue", "stop"], Flag(_OPERATION, "continue or stop")] = Field(
+        default="continue",
+        description="When the audit log cannot be written: count what is lost and go on, or drain and exit with 12.",
+    )
+    otlp_endpoint: Annotated[str, Flag(_OPERATION, "an http:// or https:// URL", shown=False)] = Field(
+        default="", description="Where OpenTelemetry traces are sent (OTLP over HTTP). Empty: nowhere."
+    )
     compile_cache_dir: Annotated[Path | None, Flag(_OPERATION, "a directory that only its owner can use")] = Field(
         default=None,
         description="Directory that keeps compiled programs, so that a restart runs the same code without compiling. "
@@ -181,7 +273,22 @@ class WorkerConfig(BaseModel):
             raise ValueError
         return value
 
-    @field_validator("model_path", "api_token_file", "callback_token_file", "compile_cache_dir")
+    @field_validator(
+        "model_path",
+        "model_root",
+        "tls_cert_file",
+        "tls_key_file",
+        "tls_client_ca_file",
+        "api_token_file",
+        "control_token_file",
+        "callback_token_file",
+        "signature_file",
+        "trusted_keys_file",
+        "seal_key_file",
+        "identity_key_file",
+        "state_dir",
+        "compile_cache_dir",
+    )
     @classmethod
     def _path(cls, value: Path | None) -> Path | None:
         if value is None:
@@ -195,10 +302,11 @@ class WorkerConfig(BaseModel):
     @classmethod
     def _bind_address(cls, value: str, info: ValidationInfo) -> str:
         address = ipaddress.ip_address("127.0.0.1" if value == "localhost" else value)
-        if not address.is_loopback and not info.data.get("allow_insecure_bind", True):
+        encrypted = info.data.get("tls_cert_file") is not None
+        if not address.is_loopback and not encrypted and not info.data.get("allow_insecure_bind", True):
             raise ValueError(
-                "other hosts could reach it and traffic is not encrypted: use 127.0.0.1, or add --allow_insecure_bind "
-                "on a trusted network"
+                "other hosts could reach it and traffic is not encrypted: use 127.0.0.1, give --tls_cert_file, or add "
+                "--allow_insecure_bind on a trusted network"
             )
         return str(address)
 
@@ -218,6 +326,13 @@ class WorkerConfig(BaseModel):
         if url.scheme not in ("http", "https") or not url.hostname or "@" in url.netloc or url.fragment or hostile:
             raise ValueError
         return value
+
+    @field_validator("expected_digest")
+    @classmethod
+    def _digest(cls, value: str) -> str:
+        if value and not _SHA256.fullmatch(value):
+            raise ValueError
+        return value.lower()
 
     @field_validator("slots_total")
     @classmethod

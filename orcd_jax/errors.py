@@ -74,16 +74,27 @@ class OrcdError(Exception):
       message: one sentence for a person: the field or thing, the value's size or the limit, what to do.
       field: the request or format field at fault, when there is one.
       retry_after_ms: when a retry is worth it, for retriable codes.
+      needed_bytes: what did not fit, where something did not.
+      available_bytes: what there is of it.
     """
 
     def __init__(
-        self, code: ErrorCode, message: str, *, field: str | None = None, retry_after_ms: int | None = None
+        self,
+        code: ErrorCode,
+        message: str,
+        *,
+        field: str | None = None,
+        retry_after_ms: int | None = None,
+        needed_bytes: int | None = None,
+        available_bytes: int | None = None,
     ) -> None:
         super().__init__(message)
         self.code = code
         self.message = message
         self.field = field
         self.retry_after_ms = retry_after_ms
+        self.needed_bytes = needed_bytes
+        self.available_bytes = available_bytes
 
     @property
     def spec(self) -> ErrorSpec:
@@ -104,5 +115,8 @@ class ExitCode(enum.IntEnum):
     UNAUTHENTICATED = 7  # the worker refused the token
     CALLBACK = 8  # the readiness callback could not be delivered in time
     DEVICE = 9  # the device failed at run time
+    SEAL = 10  # the weights on the device are no longer what was sealed, or not where they must be
+    RESTARTS = 11  # the worker ended abnormally too often: it is not started again
+    AUDIT = 12  # the audit log cannot be written, and the policy is to stop
     INTERNAL = 70  # a bug
     INTERRUPTED = 130  # Ctrl-C

@@ -40,6 +40,16 @@ class EventCode(enum.StrEnum):
     MODEL_LOAD_PROGRESS = "model_load_progress"
     MODEL_LOAD_COMPLETE = "model_load_complete"
     SEALED = "sealed"
+    SEAL_AT_RISK = "seal_at_risk"  # a proof is overdue: tokens are held back
+    SEAL_BROKEN = "seal_broken"
+    PLAN = "plan"
+    ATTESTED = "attested"
+    REQUEST = "request"
+    AUTH = "auth"
+    AUDIT = "audit"
+    WATCHDOG = "watchdog"
+    RESTARTS = "restarts"
+    METRICS = "metrics"
     READY = "ready"
     EXECUTE_START = "execute_start"
     EXECUTE_END = "execute_end"
@@ -63,6 +73,13 @@ FIELDS = frozenset(
         # what and where
         "address",
         "correlation_id",
+        "handle_id",
+        "method",
+        "peer",
+        "pid",
+        "port",
+        "tensor",
+        "trace_id",
         "device",
         "emulated",
         "job_id",
@@ -72,7 +89,9 @@ FIELDS = frozenset(
         "token_fingerprint",
         "version",
         # how it went
+        "age_ms",
         "attempt",
+        "available_bytes",
         "bytes",
         "cached_tokens",
         "code",
@@ -85,6 +104,12 @@ FIELDS = frozenset(
         "jobs",
         "kv_bytes",
         "load_seconds",
+        "needed_bytes",
+        "pinned",
+        "reason",
+        "reasons",
+        "records_lost",
+        "restarts",
         "percent",
         "slots_total",
         "stage",

@@ -45,6 +45,7 @@ __all__ = (
     "ShardPlan",
     "ShutdownRequest",
     "ShutdownResponse",
+    "Suggestion",
     "TokenEvent",
     "TokenIds",
     "TokenLogprobs",
@@ -56,6 +57,7 @@ __all__ = (
     "WorkerState",
     "WorkerStatus",
     "WorkerStub",
+    "WorkspaceSource",
 )
 
 from collections.abc import AsyncIterator
@@ -407,6 +409,40 @@ class WorkerStatus(betterproto2.Enum):
         }
 
 
+class WorkspaceSource(betterproto2.Enum):
+    """
+    Where the size of the workspace comes from.
+    """
+
+    UNSPECIFIED = 0
+
+    BOUND = 1
+    """
+    An upper bound from the model's shapes.
+    """
+
+    RECORDED = 2
+    """
+    What the same programs, compiled for such a device, said of themselves.
+    """
+
+    @classmethod
+    def betterproto_value_to_renamed_proto_names(cls) -> dict[int, str]:
+        return {
+            0: "WORKSPACE_SOURCE_UNSPECIFIED",
+            1: "WORKSPACE_SOURCE_BOUND",
+            2: "WORKSPACE_SOURCE_RECORDED",
+        }
+
+    @classmethod
+    def betterproto_renamed_proto_names_to_value(cls) -> dict[str, int]:
+        return {
+            "WORKSPACE_SOURCE_UNSPECIFIED": 0,
+            "WORKSPACE_SOURCE_BOUND": 1,
+            "WORKSPACE_SOURCE_RECORDED": 2,
+        }
+
+
 @dataclass(eq=False, repr=False)
 class AttestRequest(betterproto2.Message):
     """
@@ -609,7 +645,8 @@ class CommitRequest(betterproto2.Message):
 
     signature: "bytes" = betterproto2.field(9, betterproto2.TYPE_BYTES)
     """
-    Detached signature over the model's files.
+    Signature over the model's files, by a key that the worker was told to trust: a detached Ed25519 signature as
+    `orcd sign` writes it, or an OpenSSF model-signing bundle.
     """
 
     max_context: "int | None" = betterproto2.field(
@@ -763,6 +800,22 @@ class ErrorDetail(betterproto2.Message):
     """
     The request field at fault, as it is written here (for example "temperature"); empty when there is none.
     """
+
+    correlation_id: "str" = betterproto2.field(6, betterproto2.TYPE_STRING)
+    """
+    Of the call, as in its metadata "x-correlation-id" and in the worker's log.
+    """
+
+    needed_bytes: "int | None" = betterproto2.field(
+        7, betterproto2.TYPE_UINT64, optional=True
+    )
+    """
+    Where an amount did not fit: what is needed, and what there is. Absent otherwise.
+    """
+
+    available_bytes: "int | None" = betterproto2.field(
+        8, betterproto2.TYPE_UINT64, optional=True
+    )
 
 
 default_message_pool.register_message("orcd.worker.v1", "ErrorDetail", ErrorDetail)
@@ -1128,6 +1181,30 @@ class GetStatusResponse(betterproto2.Message):
     Of that stage, 0 to 100.
     """
 
+    seal_age_ms: "int | None" = betterproto2.field(
+        36, betterproto2.TYPE_UINT64, optional=True
+    )
+    """
+    Since every byte of the weights on the device was last proved; absent before the first time.
+    """
+
+    detection_bound_ms: "int" = betterproto2.field(37, betterproto2.TYPE_UINT64)
+    """
+    Within which a changed bit of the weights is found. 0 before there are any.
+    """
+
+    metrics_port: "int" = betterproto2.field(38, betterproto2.TYPE_UINT32)
+    """
+    Port of the metrics and health listener on loopback; 0 when there is none.
+    """
+
+    audit_seq: "int" = betterproto2.field(39, betterproto2.TYPE_UINT64)
+    """
+    Number and hash of the newest audit record; publish them elsewhere to prove that none was cut off.
+    """
+
+    audit_hash: "str" = betterproto2.field(40, betterproto2.TYPE_STRING)
+
 
 default_message_pool.register_message(
     "orcd.worker.v1", "GetStatusResponse", GetStatusResponse
@@ -1473,6 +1550,20 @@ class PlanResponse(betterproto2.Message):
     What the model declares; absent when it could not be read.
     """
 
+    suggestions: "list[Suggestion]" = betterproto2.field(
+        7, betterproto2.TYPE_MESSAGE, repeated=True
+    )
+    """
+    Each alone would make it fit; empty when feasible, or when nothing would.
+    """
+
+    max_context: "int" = betterproto2.field(8, betterproto2.TYPE_UINT32)
+    """
+    The sizes that were planned for.
+    """
+
+    slots: "int" = betterproto2.field(9, betterproto2.TYPE_UINT32)
+
 
 default_message_pool.register_message("orcd.worker.v1", "PlanResponse", PlanResponse)
 
@@ -1629,6 +1720,20 @@ default_message_pool.register_message(
 
 
 @dataclass(eq=False, repr=False)
+class Suggestion(betterproto2.Message):
+    """
+    A flag of the worker with a value at which the model would fit.
+    """
+
+    flag: "str" = betterproto2.field(1, betterproto2.TYPE_STRING)
+
+    value: "str" = betterproto2.field(2, betterproto2.TYPE_STRING)
+
+
+default_message_pool.register_message("orcd.worker.v1", "Suggestion", Suggestion)
+
+
+@dataclass(eq=False, repr=False)
 class TokenEvent(betterproto2.Message):
     """
     Some consecutive tokens of one sample.
@@ -1776,6 +1881,15 @@ class VramPlan(betterproto2.Message):
     """
 
     total_bytes: "int" = betterproto2.field(5, betterproto2.TYPE_UINT64)
+
+    reserve_bytes: "int" = betterproto2.field(6, betterproto2.TYPE_UINT64)
+    """
+    What the driver and its libraries take besides: contexts, handles, graphs.
+    """
+
+    workspace_source: "WorkspaceSource" = betterproto2.field(
+        7, betterproto2.TYPE_ENUM, default_factory=lambda: WorkspaceSource(0)
+    )
 
 
 default_message_pool.register_message("orcd.worker.v1", "VramPlan", VramPlan)
