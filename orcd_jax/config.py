@@ -6,16 +6,23 @@ flag's name, help, rule and default exist once.
 
 from __future__ import annotations
 
-import ipaddress
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, Self, cast
-from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
+from orcd_jax import config_rules as rules
 from orcd_jax.errors import ErrorCode, OrcdError
 
 # Tokens in a prefill block: the grid on which prompts are computed and prefixes shared.
@@ -26,8 +33,8 @@ DEFAULT_SLOTS = {"cpu": 4, "cuda": 64}
 # A GPU needs about 1 024 tokens a call to keep its matrix units busy; a CPU gains nothing from larger calls.
 DEFAULT_PREFILL_TOKENS = {"cpu": 128, "cuda": 1024}
 
-_IDENTIFIER = re.compile(r"[A-Za-z0-9_-]{1,256}")
-_SHA256 = re.compile(r"[0-9A-Fa-f]{64}")
+Given = str | bool | int | float
+"""A value as a source gives it: flags and the environment give text, a file may give numbers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +64,13 @@ class ConfigError(OrcdError):
         self.problems = tuple(problems)
 
 
+_Identifier = Annotated[str, AfterValidator(rules.identifier)]
+_Size = Annotated[int, BeforeValidator(rules.size)]
+_Digest = Annotated[str, AfterValidator(rules.sha256)]
+_Url = Annotated[str, AfterValidator(rules.http_url)]
+_Path = Annotated[Path, AfterValidator(rules.path)]
+_OptionalPath = Annotated[Path | None, AfterValidator(rules.path)]
+
 _IDENTITY, _MODEL, _NETWORK, _TRUST = "Identity", "Model and device", "Network", "Seals and trust"
 _CAPACITY, _LIMITS, _OPERATION = "Capacity", "Limits", "Operation"
 
@@ -66,28 +80,28 @@ class WorkerConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
-    worker_id: Annotated[str, Flag(_IDENTITY, "1 to 256 of A-Z a-z 0-9 _ -")] = Field(
+    worker_id: Annotated[_Identifier, Flag(_IDENTITY, "1 to 256 of A-Z a-z 0-9 _ -")] = Field(
         description="Name of this worker, chosen by the pool manager. Required."
     )
-    pool_id: Annotated[str, Flag(_IDENTITY, "1 to 256 of A-Z a-z 0-9 _ -")] = Field(
+    pool_id: Annotated[_Identifier, Flag(_IDENTITY, "1 to 256 of A-Z a-z 0-9 _ -")] = Field(
         description="Name of the pool this worker belongs to. Required."
     )
 
-    model_path: Annotated[Path, Flag(_MODEL, "the directory that a convert tool wrote")] = Field(
+    model_path: Annotated[_Path, Flag(_MODEL, "the directory that a convert tool wrote")] = Field(
         description="Checkpoint directory, made by tools/convert_gguf.py or tools/convert_hf.py. Required."
     )
-    model_root: Annotated[Path | None, Flag(_MODEL, "a directory")] = Field(
+    model_root: Annotated[_OptionalPath, Flag(_MODEL, "a directory")] = Field(
         default=None,
         description="Directory below which Plan and Commit may name other models. Without it only --model_path.",
     )
     await_commit: Annotated[bool, Flag(_MODEL, "true or false")] = Field(
         default=False, description="Load nothing at start: listen, and load what the first Commit names."
     )
-    max_model_bytes: Annotated[int, Field(ge=1, le=2**50), Flag(_MODEL, "a number of bytes from 1 to 2^50")] = Field(
-        default=100_000_000_000, description="Largest model that is loaded, in bytes of its weights."
-    )
+    max_model_bytes: Annotated[
+        _Size, Field(ge=1, le=2**50), Flag(_MODEL, "a size up to 2^50 bytes, such as 80GB or 24GiB")
+    ] = Field(default=100_000_000_000, description="Largest model that is loaded, in bytes of its weights.")
     max_staging_bytes: Annotated[
-        int, Field(ge=2**20, le=2**50), Flag(_MODEL, "a number of bytes from 2^20 to 2^50")
+        _Size, Field(ge=2**20, le=2**50), Flag(_MODEL, "a size from 2^20 to 2^50 bytes, such as 8GiB")
     ] = Field(default=8 * 2**30, description="Host memory that restoring the weights may use at once, in bytes.")
     platform: Annotated[Literal["cuda", "cpu"], Flag(_MODEL, "cuda or cpu")] = Field(
         default="cuda",
@@ -100,21 +114,23 @@ class WorkerConfig(BaseModel):
     allow_shared_gpu: Annotated[bool, Flag(_MODEL, "true or false")] = Field(
         default=False, description="Load although other processes hold memory of the GPU. No plan is certain then."
     )
-    emulated_memory: Annotated[int, Field(ge=0, le=2**50), Flag(_MODEL, "a number of bytes from 0 to 2^50")] = Field(
-        default=0,
-        description="With --platform=cpu: bytes of device memory to plan for, as if there were a device. 0: no limit.",
+    emulated_memory: Annotated[_Size, Field(ge=0, le=2**50), Flag(_MODEL, "a size up to 2^50 bytes, such as 24GiB")] = (
+        Field(
+            default=0,
+            description="With --platform=cpu: device memory to plan for, as if there were a device. 0: no limit.",
+        )
     )
 
     rpc_port: Annotated[int, Field(ge=1024, le=65535), Flag(_NETWORK, "an integer from 1024 to 65535")] = Field(
         description="Port of the gRPC server. Required."
     )
-    tls_cert_file: Annotated[Path | None, Flag(_NETWORK, "a PEM file")] = Field(
+    tls_cert_file: Annotated[_OptionalPath, Flag(_NETWORK, "a PEM file")] = Field(
         default=None, description="Certificate chain of the gRPC server; with --tls_key_file. Without: no TLS."
     )
-    tls_key_file: Annotated[Path | None, Flag(_NETWORK, "a PEM file that only its owner can read")] = Field(
+    tls_key_file: Annotated[_OptionalPath, Flag(_NETWORK, "a PEM file that only its owner can read")] = Field(
         default=None, description="Private key of the certificate. Mode 0600."
     )
-    tls_client_ca_file: Annotated[Path | None, Flag(_NETWORK, "a PEM file")] = Field(
+    tls_client_ca_file: Annotated[_OptionalPath, Flag(_NETWORK, "a PEM file")] = Field(
         default=None, description="Authorities whose client certificates are let in, and no one else (mutual TLS)."
     )
     allow_insecure_bind: Annotated[bool, Flag(_NETWORK, "true or false")] = Field(
@@ -124,10 +140,10 @@ class WorkerConfig(BaseModel):
         default="127.0.0.1",
         description="Address of the gRPC server. Other than loopback needs TLS or --allow_insecure_bind.",
     )
-    api_token_file: Annotated[Path, Flag(_NETWORK, "a file that only its owner can read")] = Field(
+    api_token_file: Annotated[_Path, Flag(_NETWORK, "a file that only its owner can read")] = Field(
         description="File with the bearer token (32 characters or more) that clients must send. Mode 0600. Required."
     )
-    control_token_file: Annotated[Path | None, Flag(_NETWORK, "a file that only its owner can read")] = Field(
+    control_token_file: Annotated[_OptionalPath, Flag(_NETWORK, "a file that only its owner can read")] = Field(
         default=None,
         description="File with the bearer token for Plan, Commit, Attest, GetStatus, Drain and Shutdown. Mode 0600. "
         "Without it nobody can call these.",
@@ -142,22 +158,22 @@ class WorkerConfig(BaseModel):
         default=False, description="Run without a pool manager: nobody is told when the worker is ready."
     )
     readiness_callback_url: Annotated[
-        str, Flag(_NETWORK, "an http:// or https:// URL without a password in it", shown=False)
+        _Url, Flag(_NETWORK, "an http:// or https:// URL without a password in it", shown=False)
     ] = Field(default="", description="URL the worker POSTs its readiness or failure to. Required unless --standalone.")
-    callback_token_file: Annotated[Path | None, Flag(_NETWORK, "a file that only its owner can read")] = Field(
+    callback_token_file: Annotated[_OptionalPath, Flag(_NETWORK, "a file that only its owner can read")] = Field(
         default=None, description="File with the bearer token that the callback sends, if the pool manager wants one."
     )
     callback_deadline: Annotated[
         float, Field(ge=1, le=3600, allow_inf_nan=False), Flag(_NETWORK, "a number of seconds from 1 to 3600")
     ] = Field(default=60.0, description="Seconds to keep trying the callback; then the worker drains and exits with 8.")
 
-    expected_digest: Annotated[str, Flag(_TRUST, "64 hex digits")] = Field(
+    expected_digest: Annotated[_Digest, Flag(_TRUST, "64 hex digits")] = Field(
         default="", description="Model digest the weights must have. With it, or a trusted signature, they are pinned."
     )
-    signature_file: Annotated[Path | None, Flag(_TRUST, "a file that `orcd sign` or model-signing wrote")] = Field(
+    signature_file: Annotated[_OptionalPath, Flag(_TRUST, "a file that `orcd sign` or model-signing wrote")] = Field(
         default=None, description="Signature over the model; needs --trusted_keys_file."
     )
-    trusted_keys_file: Annotated[Path | None, Flag(_TRUST, "a PEM file of public keys")] = Field(
+    trusted_keys_file: Annotated[_OptionalPath, Flag(_TRUST, "a PEM file of public keys")] = Field(
         default=None, description="Public keys whose signatures over a model are trusted."
     )
     require_pinned: Annotated[bool, Flag(_TRUST, "true or false")] = Field(
@@ -170,10 +186,10 @@ class WorkerConfig(BaseModel):
         description="Seconds for which a proof of the weights on the device holds. No token leaves later than this "
         "after the last proof of any byte. 0: a whole proof before each job, and every 5 s meanwhile.",
     )
-    seal_key_file: Annotated[Path | None, Flag(_TRUST, "a file that only its owner can read")] = Field(
+    seal_key_file: Annotated[_OptionalPath, Flag(_TRUST, "a file that only its owner can read")] = Field(
         default=None, description="Key of the seal, 64 hex digits. Without it: a random one for each process."
     )
-    identity_key_file: Annotated[Path | None, Flag(_TRUST, "a file that only its owner can read")] = Field(
+    identity_key_file: Annotated[_OptionalPath, Flag(_TRUST, "a file that only its owner can read")] = Field(
         default=None,
         description="Ed25519 key (PEM) that signs attestations; made at the first start. Default: identity.pem in "
         "--state_dir.",
@@ -212,7 +228,7 @@ class WorkerConfig(BaseModel):
         default=5, description="Abnormal ends within five minutes after which the worker does not start. 0: no limit."
     )
 
-    state_dir: Annotated[Path | None, Flag(_OPERATION, "a directory that only its owner can use")] = Field(
+    state_dir: Annotated[_OptionalPath, Flag(_OPERATION, "a directory that only its owner can use")] = Field(
         default=None,
         description="Where the worker keeps its identity key, its restarts, its recorded plans and the audit log. "
         "Default: $STATE_DIRECTORY, else ~/.local/state/orcd-jax; in it a folder for each worker_id.",
@@ -224,10 +240,10 @@ class WorkerConfig(BaseModel):
         default="continue",
         description="When the audit log cannot be written: count what is lost and go on, or drain and exit with 12.",
     )
-    otlp_endpoint: Annotated[str, Flag(_OPERATION, "an http:// or https:// URL", shown=False)] = Field(
-        default="", description="Where OpenTelemetry traces are sent (OTLP over HTTP). Empty: nowhere."
-    )
-    compile_cache_dir: Annotated[Path | None, Flag(_OPERATION, "a directory that only its owner can use")] = Field(
+    otlp_endpoint: Annotated[
+        _Url, Flag(_OPERATION, "an http:// or https:// URL without a password in it", shown=False)
+    ] = Field(default="", description="Where OpenTelemetry traces are sent (OTLP over HTTP). Empty: nowhere.")
+    compile_cache_dir: Annotated[_OptionalPath, Flag(_OPERATION, "a directory that only its owner can use")] = Field(
         default=None,
         description="Directory that keeps compiled programs, so that a restart runs the same code without compiling. "
         "It holds code that is run: made with mode 0700, and refused when others can use it.",
@@ -252,11 +268,12 @@ class WorkerConfig(BaseModel):
         )
 
     @classmethod
-    def from_flags(cls, values: Mapping[str, str | bool]) -> Self:
-        """Validates what was given; a flag that is absent takes its default.
+    def from_flags(cls, values: Mapping[str, Given], sources: Mapping[str, str] | None = None) -> Self:
+        """Validates what was given; a field that is absent takes its default.
 
         Args:
-          values: flag name to its text as given, or to a boolean.
+          values: field name to what was given.
+          sources: field name to where its value was found, for those not given as a flag.
 
         Raises:
           ConfigError: listing every problem, each as ``--flag: value, rule``.
@@ -264,75 +281,27 @@ class WorkerConfig(BaseModel):
         try:
             return cls.model_validate(dict(values))
         except ValidationError as error:
-            raise ConfigError([_problem(cls, cast("dict[str, object]", e)) for e in error.errors()]) from None
+            problems = (_problem(cast("dict[str, object]", e), values, sources or {}) for e in error.errors())
+            raise ConfigError(list(problems)) from None
 
-    @field_validator("worker_id", "pool_id")
+    @field_validator("*", mode="before")
     @classmethod
-    def _identifier(cls, value: str) -> str:
-        if not _IDENTIFIER.fullmatch(value):
+    def _no_number_from_a_truth(cls, value: object, info: ValidationInfo) -> object:
+        if isinstance(value, bool) and cls.model_fields[info.field_name or ""].annotation is not bool:
             raise ValueError
         return value
-
-    @field_validator(
-        "model_path",
-        "model_root",
-        "tls_cert_file",
-        "tls_key_file",
-        "tls_client_ca_file",
-        "api_token_file",
-        "control_token_file",
-        "callback_token_file",
-        "signature_file",
-        "trusted_keys_file",
-        "seal_key_file",
-        "identity_key_file",
-        "state_dir",
-        "compile_cache_dir",
-    )
-    @classmethod
-    def _path(cls, value: Path | None) -> Path | None:
-        if value is None:
-            return None
-        text = str(value)
-        if text == "." or "\0" in text or len(text) > 4096:
-            raise ValueError
-        return value.expanduser()
 
     @field_validator("bind_address")
     @classmethod
     def _bind_address(cls, value: str, info: ValidationInfo) -> str:
-        address = ipaddress.ip_address("127.0.0.1" if value == "localhost" else value)
-        encrypted = info.data.get("tls_cert_file") is not None
-        if not address.is_loopback and not encrypted and not info.data.get("allow_insecure_bind", True):
-            raise ValueError(
-                "other hosts could reach it and traffic is not encrypted: use 127.0.0.1, give --tls_cert_file, or add "
-                "--allow_insecure_bind on a trusted network"
-            )
-        return str(address)
+        encrypted = info.data.get("tls_cert_file", value) is not None
+        return rules.bind_address(value, exposed_ok=encrypted or info.data.get("allow_insecure_bind", True))
 
-    @field_validator("readiness_callback_url")
+    @field_validator(*rules.FITS)
     @classmethod
-    def _callback_url(cls, value: str, info: ValidationInfo) -> str:
-        standalone = info.data.get("standalone")
-        if not value:
-            if standalone is False:
-                raise ValueError("give the pool manager's URL, or --standalone to run without one")
-            return value
-        if standalone:
-            raise ValueError("a standalone worker tells nobody: give either this or --standalone")
-        url = urlsplit(value)
-        url.port  # noqa: B018 - raises ValueError when it is not a number in range
-        hostile = any(c.isspace() or not c.isprintable() for c in value)
-        if url.scheme not in ("http", "https") or not url.hostname or "@" in url.netloc or url.fragment or hostile:
-            raise ValueError
+    def _fits(cls, value: object, info: ValidationInfo) -> object:
+        rules.FITS[info.field_name or ""](value, info.data)
         return value
-
-    @field_validator("expected_digest")
-    @classmethod
-    def _digest(cls, value: str) -> str:
-        if value and not _SHA256.fullmatch(value):
-            raise ValueError
-        return value.lower()
 
     @field_validator("slots_total")
     @classmethod
@@ -350,20 +319,18 @@ def flag_of(name: str) -> Flag:
     return next(item for item in WorkerConfig.model_fields[name].metadata if isinstance(item, Flag))
 
 
-def _problem(config: type[WorkerConfig], error: dict[str, object]) -> str:
+def _problem(error: dict[str, object], values: Mapping[str, Given], sources: Mapping[str, str]) -> str:
     """One line about one problem that pydantic found."""
     location = cast("tuple[str, ...]", error["loc"])
     name = str(location[0])
-    if name not in config.model_fields:
+    if name not in WorkerConfig.model_fields:
         return f"--{name:.40}: there is no such flag; see --help"
     flag = flag_of(name)
-    rule = flag.rule
-    if error["type"] == "missing":
-        return f"--{name}: missing; it must be {rule}"
-    context = error.get("ctx")
-    reason = str(context.get("error", "")) if isinstance(context, dict) and error["type"] == "value_error" else ""
+    reason = cast("dict[str, object]", error.get("ctx", {})).get("error")
+    # What a rule of ours says is passed on; a library's text, which may repeat the value at any length, is not.
+    rule = f": {reason}" if isinstance(reason, rules.Unfit) else f"; it must be {flag.rule}"
+    if name not in values:
+        return f"--{name}: missing{rule}"
     shown = ascii(error["input"])[:40] if flag.shown else "what was given"
-    # A validator of ours that has more to say than the rule says it; a library's text is not passed on.
-    if reason and ("--" in reason):
-        return f"--{name}: {shown} is not allowed: {reason}"
-    return f"--{name}: {shown} is not allowed; it must be {rule}"
+    source = f" from {sources[name]}" if name in sources else ""
+    return f"--{name}: {shown}{source} is not allowed{rule}"

@@ -186,3 +186,156 @@ def test_every_field_has_a_group_a_rule_and_a_description() -> None:
         assert flag_of(name).rule, name
         assert field.description, name
         assert field.description.endswith("."), name
+
+
+# -- sizes -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.requirement("WORKER-4170")
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("1", 1),
+        ("2000B", 2000),
+        ("80GB", 80_000_000_000),
+        ("24GiB", 24 * 2**30),
+        ("1.5 TiB", 3 * 2**39),
+        ("0.5kB", 500),
+        ("7KB", 7000),
+        ("3MB", 3_000_000),
+        ("4KiB", 4096),
+        ("16MiB", 2**24),
+        ("1TB", 10**12),
+    ],
+)
+def test_a_size_may_have_a_unit(text: str, size: int) -> None:
+    assert config(max_model_bytes=text).max_model_bytes == size
+
+
+@pytest.mark.requirement("WORKER-4170")
+@pytest.mark.parametrize(
+    "text",
+    ["", "GiB", "-1", "+1", "1e9", "1_000", "24 gib", "24Gi", "24Gb", "0.3B", "1..5GB", "1GB ", "9" * 400, "٣GB"],
+)
+def test_what_is_no_size_is_refused(text: str) -> None:
+    (line,) = problems(max_model_bytes=text)
+    assert "such as 80GB or 24GiB" in line
+
+
+@pytest.mark.requirement("WORKER-4172")
+def test_a_size_out_of_its_range_is_refused() -> None:
+    assert problems(max_model_bytes="0")[0].startswith("--max_model_bytes:")
+    assert problems(max_model_bytes="1025TiB")[0].startswith("--max_model_bytes:")
+    assert problems(max_staging_bytes="1MB")[0].startswith("--max_staging_bytes:")
+
+
+@pytest.mark.requirement("WORKER-4171")
+def test_models_of_more_than_100_gb_need_consent() -> None:
+    assert config().max_model_bytes == 100_000_000_000
+
+
+# -- values that must fit each other -----------------------------------------------------------------------------------
+
+
+@pytest.mark.requirement("WORKER-4170")
+def test_only_the_cpu_emulates_memory() -> None:
+    (line,) = problems(emulated_memory="24GiB")
+    assert "--platform=cpu" in line
+    assert config(emulated_memory="24GiB", platform="cpu").emulated_memory == 24 * 2**30
+
+
+@pytest.mark.requirement("WORKER-4920")
+def test_a_certificate_and_its_key_come_together() -> None:
+    (line,) = problems(tls_cert_file="/c.pem")
+    assert line == "--tls_key_file: missing: --tls_cert_file needs the private key of the certificate"
+    (line,) = problems(tls_key_file="/k.pem")
+    assert line.startswith("--tls_key_file: '/k.pem' is not allowed: it needs --tls_cert_file")
+    made = config(tls_cert_file="/c.pem", tls_key_file="/k.pem", bind_address="0.0.0.0", tls_client_ca_file="/ca.pem")
+    assert made.bind_address == "0.0.0.0"
+
+
+@pytest.mark.requirement("WORKER-4922")
+def test_client_certificates_need_tls() -> None:
+    (line,) = problems(tls_client_ca_file="/ca.pem")
+    assert "--tls_cert_file" in line
+
+
+@pytest.mark.requirement("WORKER-4920")
+def test_a_key_without_its_certificate_does_not_open_the_address() -> None:
+    assert [line.split(":")[0] for line in problems(tls_key_file="/k.pem", bind_address="0.0.0.0")] == [
+        "--tls_key_file",
+        "--bind_address",
+    ]
+
+
+def test_a_certificate_that_is_refused_is_not_asked_for_again() -> None:
+    (line,) = problems(tls_cert_file="a\0b", tls_key_file="/k.pem", tls_client_ca_file="/c", bind_address="0.0.0.0")
+    assert line.startswith("--tls_cert_file:")
+
+
+def test_runs_and_control_have_different_tokens() -> None:
+    (line,) = problems(control_token_file=str(GIVEN["api_token_file"]))
+    assert "--api_token_file" in line
+    assert config(control_token_file="/run/other").control_token_file == Path("/run/other")
+
+
+@pytest.mark.parametrize("port", ["-1", "0", "1024", "65535"])
+def test_the_port_of_metrics_may_be_none_free_or_given(port: str) -> None:
+    assert config(metrics_port=port).metrics_port == int(port)
+
+
+@pytest.mark.requirement("WORKER-4991")
+@pytest.mark.parametrize("port", ["-2", "1", "80", "1023", "65536", "50051"])
+def test_a_port_of_metrics_that_is_low_or_taken_is_refused(port: str) -> None:
+    assert problems(metrics_port=port)[0].startswith("--metrics_port:")
+
+
+def test_a_signature_needs_keys_to_check_it() -> None:
+    (line,) = problems(signature_file="/m.sig")
+    assert line == "--trusted_keys_file: missing: --signature_file needs the public keys to check it with"
+    assert config(signature_file="/m.sig", trusted_keys_file="/keys.pem").signature_file == Path("/m.sig")
+    assert config(trusted_keys_file="/keys.pem").signature_file is None  # the signature may come with Commit
+
+
+@pytest.mark.parametrize(
+    "pinned",
+    [
+        {"expected_digest": "A" * 64},
+        {"signature_file": "/m.sig", "trusted_keys_file": "/keys.pem"},
+        {"await_commit": True},
+    ],
+)
+def test_a_model_that_must_be_pinned_needs_something_that_pins_it(pinned: dict[str, str | bool]) -> None:
+    (line,) = problems(require_pinned=True)
+    assert "--expected_digest" in line
+    assert config(require_pinned=True, **pinned).require_pinned
+
+
+def test_a_digest_that_is_wrong_is_one_problem_and_not_two() -> None:
+    (line,) = problems(require_pinned=True, expected_digest="abc")
+    assert line.startswith("--expected_digest:")
+
+
+@pytest.mark.parametrize("url", ["collector:4318", "grpc://x", "http://u:secret@x/"])
+def test_the_address_of_a_collector_is_checked_and_not_repeated(url: str) -> None:
+    (line,) = problems(otlp_endpoint=url)
+    assert url not in line
+    assert config(otlp_endpoint="http://127.0.0.1:4318/v1/traces").otlp_endpoint
+
+
+# -- what a refusal says -----------------------------------------------------------------------------------------------
+
+
+def test_what_a_library_says_of_a_value_is_not_passed_on() -> None:
+    (line,) = problems(bind_address="--" + "x" * 300)
+    assert len(line) < 120
+
+
+def test_a_truth_value_is_no_number() -> None:
+    assert problems(max_restarts=True) == ("--max_restarts: True is not allowed; it must be an integer from 0 to 1000",)
+
+
+def test_a_problem_says_where_the_value_was_found() -> None:
+    with pytest.raises(ConfigError) as caught:
+        WorkerConfig.from_flags({**GIVEN, "rpc_port": "80"}, {"rpc_port": "WORKER_RPC_PORT"})
+    assert caught.value.problems[0].startswith("--rpc_port: '80' from WORKER_RPC_PORT is not allowed")
