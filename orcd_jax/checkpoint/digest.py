@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -73,11 +73,7 @@ def tensor_digest(
         "shards": shards,
         "chunk_bytes": CHUNK,
     }
-    outer = hashlib.sha256(b"orcd-tensor-v1\0")
-    outer.update(hashlib.sha256(canonical_json(header)).digest())
-    for piece in _slices(array, shard_axis, shards):
-        outer.update(tree_root(_element_bytes(piece)))
-    return outer.hexdigest()
+    return _combined(header, (tree_root(_element_bytes(piece)) for piece in _slices(array, shard_axis, shards)))
 
 
 def entry_digest(entry: TensorEntry, array: NDArray[np.generic]) -> str:
@@ -95,6 +91,12 @@ def entry_digest(entry: TensorEntry, array: NDArray[np.generic]) -> str:
         shard_axis=entry.shard_axis,
         shards=entry.shards,
     )
+
+
+def roots_digest(entry: TensorEntry, roots: Iterable[bytes]) -> str:
+    """The digest of the tensor ``entry`` describes when these are the tree roots of its shards, in order."""
+    header = entry.model_dump(include={"path", "shape", "dtype", "kind", "shard_axis", "shards"})
+    return _combined({**header, "chunk_bytes": CHUNK}, roots)
 
 
 def file_digest(path: Path, on_bytes: Callable[[int], None]) -> tuple[int, str]:
@@ -116,6 +118,14 @@ def file_digest(path: Path, on_bytes: Callable[[int], None]) -> tuple[int, str]:
             size += count
             on_bytes(count)
     return size, hasher.hexdigest()
+
+
+def _combined(header: Mapping[str, object], roots: Iterable[bytes]) -> str:
+    outer = hashlib.sha256(b"orcd-tensor-v1\0")
+    outer.update(hashlib.sha256(canonical_json(header)).digest())
+    for root in roots:
+        outer.update(root)
+    return outer.hexdigest()
 
 
 def _slices(array: NDArray[np.generic], axis: int | None, shards: int) -> list[NDArray[np.generic]]:

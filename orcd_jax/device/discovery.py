@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import jax
 
+from orcd_jax.device.gpu_health import GpuHealth
 from orcd_jax.errors import ErrorCode, OrcdError
 
 
@@ -15,21 +17,25 @@ class NoDevice(OrcdError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceInfo:
-    """What is reported about a device.
+    """What is reported about a device. Read once, before anything is allocated.
 
     Attributes:
       kind: the vendor's name of the model, such as ``NVIDIA H200``.
+      uuid: the driver's; empty on a CPU, or when the driver does not tell.
       compute_capability: such as ``9.0``; empty on a CPU.
-      memory_bytes: memory this process may use; 0 on a CPU, where residency is emulated.
+      memory_bytes: memory this process may use. On a CPU: what is emulated, else the host's own memory.
       emulated: the CPU backend stands in for a GPU.
     """
 
     platform: str
     index: int
     kind: str
+    uuid: str
     compute_capability: str
     memory_bytes: int
     emulated: bool
+    cuda_version: str
+    driver_version: str
 
 
 def select_device(platform: str, index: int) -> jax.Device:
@@ -54,15 +60,33 @@ def select_device(platform: str, index: int) -> jax.Device:
     return devices[0]
 
 
-def describe(device: jax.Device, index: int) -> DeviceInfo:
-    """Static facts about a device; called once, at start."""
+def describe(device: jax.Device, index: int, health: GpuHealth, *, emulated_memory: int = 0) -> DeviceInfo:
+    """Facts about a device; called once, at start.
+
+    Args:
+      device: the one that ``select_device`` gave.
+      index: ``--gpu_device``.
+      health: what the driver tells of it.
+      emulated_memory: ``--emulated_memory``; 0: as much as the host has.
+    """
     emulated = device.platform == "cpu"
-    stats = None if emulated else device.memory_stats()
+    if emulated:
+        memory_bytes = emulated_memory or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    else:
+        memory_bytes = int((device.memory_stats() or {}).get("bytes_limit", 0))
     return DeviceInfo(
         platform="cpu" if emulated else "cuda",
         index=index,
         kind=device.device_kind,
+        uuid="" if emulated else health.uuid or "",
         compute_capability=str(getattr(device, "compute_capability", "")),
-        memory_bytes=int((stats or {}).get("bytes_limit", 0)),
+        memory_bytes=memory_bytes,
         emulated=emulated,
+        cuda_version="" if emulated else health.cuda_version or "",
+        driver_version="" if emulated else health.driver_version or "",
     )
+
+
+def bytes_in_use(device: jax.Device) -> int:
+    """Bytes this process holds on the device; 0 where the backend does not count them."""
+    return int((device.memory_stats() or {}).get("bytes_in_use", 0))

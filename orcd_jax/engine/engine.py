@@ -1,5 +1,8 @@
 """The step loop: one thread that owns the device state and is the only caller of the programs.
 
+Between steps it gives the guard its turn, which proves the weights slice by slice; before tokens leave, the guard
+settles. When the guard finds a changed bit, nothing that was made but not yet handed off leaves.
+
 asyncio talks to it through one inbox, and it talks back through one batched hand-off a step. Step t + 1 is dispatched
 before the tokens of step t are read: last tokens and positions live on the device, so the next step does not wait for
 the host. The price is one idle row for one step after a job's end.
@@ -24,6 +27,7 @@ from numpy.typing import NDArray
 
 from orcd_jax.device.faults import is_out_of_memory, translate
 from orcd_jax.engine.detokenizer import Detokenizer
+from orcd_jax.engine.guard import Guard, OnProof
 from orcd_jax.engine.kv_pages import KvPagePool
 from orcd_jax.engine.prefill_call import PrefillCall, PrefillCallBuilder
 from orcd_jax.engine.request import Ended, Event, Failed, FinishReason, JobRequest, SamplingParams, Tokens
@@ -51,6 +55,8 @@ class StepPrograms(Protocol):
         self, params: Params, state: DecodeState, run: NDArray[np.bool_]
     ) -> tuple[DecodeState, TokensFuture]: ...
 
+    def wipe(self, state: DecodeState) -> None: ...
+
 
 @dataclass(slots=True, eq=False)
 class Job:
@@ -72,6 +78,23 @@ Delivery = tuple[Job, Event]
 Deliver = Callable[[list[Delivery]], None]
 
 
+def warm_up(programs: StepPrograms, params: Params) -> DecodeState:
+    """Makes a device state and runs every program of the step once on idle input.
+
+    Raises:
+      OrcdError: VRAM_OOM or a device error, when the programs do not run.
+    """
+    try:
+        state = programs.init()
+        call = PrefillCallBuilder(programs.shape, len(state.tables)).build()
+        state, _ = programs.prefill(params, state, call)
+        state, tokens = programs.decode(params, state, np.zeros((programs.shape.rows,), np.bool_))
+        np.asarray(tokens)
+    except Exception as error:
+        raise translate(error) from error
+    return state
+
+
 class Engine:
     """Owns the engine thread, the device state and the schedule. Never touches asyncio: it calls ``deliver``.
 
@@ -82,6 +105,7 @@ class Engine:
         self,
         programs: StepPrograms,
         params: Params,
+        guard: Guard,
         *,
         token_bytes: tuple[bytes, ...],
         eos_ids: Iterable[int],
@@ -94,13 +118,14 @@ class Engine:
         Args:
           programs: compiled programs.
           params: the model's arrays, never modified.
+          guard: proves the weights between steps; only the engine thread calls it.
           token_bytes: what each token id adds to the text.
           eos_ids: ids that end a job.
           deliver: called on the engine thread with a step's events of all jobs, in order; it must not raise.
           on_fatal: called once, on the engine thread, when the engine cannot go on; every live job has failed by then.
           clock: monotonic seconds.
         """
-        self._programs, self._params = programs, params
+        self._programs, self._params, self._guard = programs, params, guard
         self._token_bytes, self._eos_ids = token_bytes, frozenset(eos_ids)
         self._deliver, self._on_fatal, self._clock = deliver, on_fatal, clock
         shape = programs.shape
@@ -117,28 +142,36 @@ class Engine:
         self._state: DecodeState | None = None
         self._stopping = False
         self._ooms = 0
+        self._turn_s: float | None = None  # when the present turn of the loop began; None while it waits for work
         self._door = threading.Lock()  # between submit and the end of the thread
         self._closed: OrcdError | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
-    def start(self) -> None:
-        """Makes the device state, runs every program once on idle input, and starts the loop.
+    def start(self, state: DecodeState) -> None:
+        """Starts the loop over a state that ``warm_up`` made, which is the engine's own from now on."""
+        self._state = state
+        self._thread.start()
+
+    def kv_pages(self) -> tuple[int, int]:
+        """KV pages that jobs hold, and all there are. May be asked from any thread."""
+        total = self._programs.shape.pages
+        return total - self._scheduler.pool.available, total
+
+    def stalled_s(self) -> float:
+        """Seconds since the loop last came round; 0 while it waits for work. May be asked from any thread."""
+        began = self._turn_s
+        return 0.0 if began is None else max(0.0, self._clock() - began)
+
+    def prove(self, done: OnProof) -> None:
+        """Wants a whole proof of the weights that begins now; ``done`` is called once, on the engine thread.
 
         Raises:
-          OrcdError: VRAM_OOM or a device error, when the programs do not run.
+          OrcdError: why the engine has ended.
         """
-        try:
-            self._state = self._programs.init()
-            call = PrefillCallBuilder(self._programs.shape, len(self._state.tables)).build()
-            self._state, _ = self._programs.prefill(self._params, self._state, call)
-            self._state, tokens = self._programs.decode(
-                self._params, self._state, np.zeros((self._programs.shape.rows,), np.bool_)
-            )
-            np.asarray(tokens)
-        except Exception as error:
-            self._state = None
-            raise translate(error) from error
-        self._thread.start()
+        with self._door:
+            if self._closed is not None:
+                raise self._closed
+            self._inbox.put(lambda: self._guard.request(done))
 
     def submit(self, request: JobRequest) -> Job:
         """Queues a validated job; its events come through ``deliver``.
@@ -186,7 +219,7 @@ class Engine:
         self._inbox.put(lambda: self._fail(job, error))
 
     def stop(self, timeout_s: float) -> bool:
-        """Fails what still runs, ends the thread, and drops the device state. False when the thread did not end."""
+        """Fails what still runs, ends the thread, zeroes and drops the device state. False when it did not end."""
         self._inbox.put(self._stop)
         if self._thread.ident is not None:
             self._thread.join(timeout_s)
@@ -209,12 +242,16 @@ class Engine:
         while not self._stopping:
             try:
                 self._take_inbox(wait=not in_flight and not self._jobs)
+                self._turn_s = self._clock()
                 self._expire()
+                self._guard.turn(self._state)
                 step = self._scheduler.next_step()
                 if step is not None:
                     in_flight.append((step, self._dispatch(step)))
                 if in_flight and (step is None or len(in_flight) > 1):
                     self._finish(*in_flight.popleft())
+                if self._outbox:
+                    self._guard.settle()
             except Exception as cause:
                 in_flight.clear()
                 if (error := self._recover(cause)) is not None:
@@ -226,16 +263,26 @@ class Engine:
         """Lets no more jobs in, then fails all there are, those still in the inbox included."""
         with self._door:
             self._closed = reason
-        self._state = None
+        self._wipe()
         self._take_inbox(wait=False)
+        self._guard.close(reason)
         for job in tuple(self._jobs.values()):
             self._fail(job, reason)
         with contextlib.suppress(Exception):  # it may be what ended the loop
             self._hand_off()
 
+    def _wipe(self) -> None:
+        """Zeroes what jobs left on the device. After a device error there may be nothing to be zeroed any more."""
+        state, self._state = self._state, None
+        if state is not None:
+            with contextlib.suppress(Exception):
+                self._programs.wipe(state)
+
     def _take_inbox(self, *, wait: bool) -> None:
         if wait:
-            self._inbox.get()()
+            self._turn_s = None
+            with contextlib.suppress(queue.Empty):
+                self._inbox.get(timeout=self._guard.wait_s())()
         while True:
             try:
                 message = self._inbox.get_nowait()
@@ -287,6 +334,7 @@ class Engine:
         """Adds one token to a job and ends it when the token, its text or its number says so."""
         request = job.request
         if token < 0:
+            self._guard.suspect()
             self._fail(job, OrcdError(ErrorCode.INTERNAL, "the model computed values that are not numbers"))
             return
         if job.produced == 0:
@@ -326,6 +374,8 @@ class Engine:
     def _accept(self, job: Job) -> None:
         self._jobs[job.scheduled] = job
         self._scheduler.submit(job.scheduled)
+        if self._closed is None:  # else it only waits to be told why
+            self._guard.admit()
 
     def _expire(self) -> None:
         now = self._clock()
@@ -356,6 +406,8 @@ class Engine:
     def _recover(self, cause: Exception) -> OrcdError | None:
         """Fails every live job. After running out of memory, goes on with a fresh state; else says why it cannot."""
         error = translate(cause)
+        if error.code in (ErrorCode.SEAL_VERIFICATION_FAILED, ErrorCode.POLICY_VIOLATION):
+            self._take_back(error)
         for job in tuple(self._jobs.values()):
             self._fail(job, error)
         self._state = None
@@ -369,6 +421,11 @@ class Engine:
         except Exception as again:
             return translate(again)
         return None
+
+    def _take_back(self, error: OrcdError) -> None:
+        """Nothing that was made of weights in doubt leaves: jobs whose end was not yet handed off fail instead."""
+        ended = dict.fromkeys(job for job, event in self._outbox if not isinstance(event, Tokens))
+        self._outbox = [(job, Failed(error)) for job in ended]
 
 
 def _check_sampling(params: SamplingParams) -> None:

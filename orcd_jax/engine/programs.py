@@ -1,4 +1,4 @@
-"""The closed list of compiled programs: ``init``, ``prefill``, ``decode``. The only ``jax.jit`` of the step.
+"""The closed list of compiled programs: ``init``, ``prefill``, ``decode``, ``wipe``. The only ``jax.jit`` of the step.
 
 Shapes are fixed by :class:`EngineShape`, so each program is compiled once, before the worker is ready. State is
 donated: whoever calls ``prefill`` or ``decode`` must forget the state it passed and keep the one returned.
@@ -6,7 +6,7 @@ donated: whoever calls ``prefill`` or ``decode`` must forget the state it passed
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -146,7 +146,7 @@ class Programs:
     Owns the executables; owns no weights and no state. Calling is asynchronous: results are futures.
     """
 
-    NAMES = ("init", "prefill", "decode")
+    NAMES = ("init", "prefill", "decode", "wipe")
 
     def __init__(
         self,
@@ -176,7 +176,18 @@ class Programs:
         self._decode = (
             jax.jit(lambda p, s, r: decode(config, p, s, r), donate_argnums=1).lower(params, state, run).compile()
         )
+        progress("wipe")
+        self._wipe = (
+            jax.jit(lambda s: jax.tree.map(jnp.zeros_like, s), donate_argnums=0, keep_unused=True)
+            .lower(state)
+            .compile()
+        )
         self._device = device
+
+    @property
+    def compiled(self) -> Mapping[str, jax.stages.Compiled]:
+        """The executables, by name."""
+        return {"init": self._init, "prefill": self._prefill, "decode": self._decode, "wipe": self._wipe}
 
     def init(self) -> DecodeState:
         """A zeroed state on the device."""
@@ -192,3 +203,7 @@ class Programs:
         """DONATES ``state``. Returns the new one and ``[rows]`` tokens."""
         new, tokens = self._decode(params, state, jax.device_put(run, self._device))
         return new, tokens
+
+    def wipe(self, state: DecodeState) -> None:
+        """DONATES ``state``: zeroes it where it lies, and waits until that is done (WORKER-4702)."""
+        jax.block_until_ready(self._wipe(state))

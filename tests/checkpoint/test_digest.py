@@ -77,6 +77,7 @@ def test_any_bit_changes_the_root(place: int) -> None:
 # -- tensors -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.requirement("WORKER-4113")
 @pytest.mark.parametrize("dtype", [np.float32, BFLOAT16])
 @pytest.mark.parametrize(("axis", "shards"), [(None, 1), (0, 1), (0, 3), (0, 6), (1, 2), (1, 10)])
 def test_a_tensor_digest_is_the_one_by_hand(dtype: np.dtype[np.generic] | type, axis: int | None, shards: int) -> None:
@@ -84,6 +85,7 @@ def test_a_tensor_digest_is_the_one_by_hand(dtype: np.dtype[np.generic] | type, 
     assert digest(array, axis=axis, shards=shards) == tensor_by_hand(array, "a.b", axis=axis, shards=shards)
 
 
+@pytest.mark.requirement("WORKER-4113")
 @settings(deadline=None, max_examples=50)
 @given(st.data())
 def test_any_tensor_has_the_digest_by_hand(data: st.DataObject) -> None:

@@ -10,6 +10,8 @@ from orcd_jax.errors import ErrorCode, OrcdError
 
 
 @pytest.mark.requirement("WORKER-4400")
+@pytest.mark.requirement("WORKER-4150")
+@pytest.mark.requirement("WORKER-4153")
 @pytest.mark.parametrize(
     ("error", "code"),
     [
@@ -25,6 +27,8 @@ def test_exceptions_become_codes_without_their_text(error: Exception, code: Erro
     assert "deadbeef" not in translated.message
 
 
+@pytest.mark.requirement("WORKER-4151")
+@pytest.mark.requirement("WORKER-4960")
 def test_only_running_out_of_memory_can_be_survived() -> None:
     assert is_out_of_memory(OrcdError(ErrorCode.VRAM_OOM, "x"))
     assert not is_out_of_memory(OrcdError(ErrorCode.CUDA_ERROR, "x"))

@@ -76,6 +76,7 @@ def test_any_prefill_size_gives_the_same_logits_to_rounding(prefill: int) -> Non
 
 
 @pytest.mark.requirement("WORKER-4504")
+@pytest.mark.requirement("WORKER-5000")
 def test_shuffled_page_ids_change_no_bit() -> None:
     shuffled = [int(p) for p in np.random.default_rng(2).permutation(SHAPE.pages)[:16]]
     in_order = LogitsDriver(TINY, SHAPE, PARAMS).sequence(TOKENS, IN_ORDER, prefill=21)
@@ -84,6 +85,7 @@ def test_shuffled_page_ids_change_no_bit() -> None:
 
 
 @pytest.mark.requirement("WORKER-4504")
+@pytest.mark.requirement("WORKER-5000")
 def test_a_pool_smaller_than_rows_times_context_changes_no_bit() -> None:
     small = replace(SHAPE, pages=13)
     full = LogitsDriver(TINY, SHAPE, PARAMS).sequence(TOKENS, IN_ORDER, prefill=21)
@@ -92,6 +94,8 @@ def test_a_pool_smaller_than_rows_times_context_changes_no_bit() -> None:
 
 
 @pytest.mark.requirement("WORKER-4504")
+@pytest.mark.requirement("WORKER-4000")
+@pytest.mark.requirement("WORKER-5000")
 @pytest.mark.parametrize("row", [0, 1, 3])
 def test_neighbours_and_place_change_no_bit(row: int) -> None:
     alone = LogitsDriver(TINY, SHAPE, PARAMS)
@@ -108,6 +112,7 @@ def test_neighbours_and_place_change_no_bit(row: int) -> None:
 
 
 @pytest.mark.requirement("WORKER-4504")
+@pytest.mark.requirement("WORKER-5000")
 def test_a_much_longer_neighbour_changes_no_bit() -> None:
     shape = EngineShape(rows=2, block_tokens=128, prefill_blocks=1, page_tokens=64, pages=24, pages_per_job=12)
     config = TINY.model_copy(update={"context_max": 1024})
@@ -176,6 +181,7 @@ def test_prefill_installs_the_row_that_decode_continues(device: jax.Device) -> N
 
 
 @pytest.mark.requirement("WORKER-4700")
+@pytest.mark.requirement("WORKER-4012")
 @pytest.mark.parametrize(
     "filters", [{}, {"top_k": 2}, {"top_p": 0.2}, {"min_p": 0.6}], ids=["no filter", "top_k", "top_p", "min_p"]
 )

@@ -43,6 +43,7 @@ def test_temperature_zero_is_arg_max_with_the_lowest_id_on_a_tie() -> None:
 
 
 @pytest.mark.requirement("WORKER-4710")
+@pytest.mark.requirement("WORKER-4711")
 def test_a_draw_depends_on_seed_and_position_and_on_nothing_else() -> None:
     logits = random_logits(1, 500)
     eight = jnp.tile(logits, (8, 1))
@@ -66,6 +67,7 @@ def test_a_greedy_row_keeps_its_token_beside_a_random_row() -> None:
 
 
 @pytest.mark.requirement("WORKER-4710")
+@pytest.mark.requirement("WORKER-4711")
 @pytest.mark.parametrize("other", [2**32 + 5, 2**63 + 5, 2**64 - 1])
 def test_all_64_bits_of_the_seed_count(other: int) -> None:
     low = gumbel_noise(rows(seed=5).seed, rows().sample, at(1), 64)
@@ -73,6 +75,7 @@ def test_all_64_bits_of_the_seed_count(other: int) -> None:
     assert not np.array_equal(low, high)
 
 
+@pytest.mark.requirement("WORKER-4711")
 def test_noise_of_a_token_does_not_depend_on_the_vocabulary_size() -> None:
     parameters = rows(seed=11)
     small = gumbel_noise(parameters.seed, parameters.sample, at(1), 100)

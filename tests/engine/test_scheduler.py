@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from orcd_jax.engine.kv_pages import KvPagePool
 from orcd_jax.engine.request import JobRequest
 from orcd_jax.engine.scheduler import DecodeStep, PrefillStep, ScheduledJob, Scheduler
@@ -26,6 +28,7 @@ def drain(s: Scheduler) -> list[PrefillStep | DecodeStep]:
     return steps
 
 
+@pytest.mark.requirement("WORKER-4501")
 def test_a_prompt_becomes_blocks_on_its_own_grid_and_then_rows() -> None:
     s, j = scheduler(), job(19, max_tokens=3)
     s.submit(j)
@@ -46,6 +49,7 @@ def test_short_prompts_share_a_call() -> None:
     assert [(w.job, w.last) for w in step.blocks] == [(a, True), (b, True)]
 
 
+@pytest.mark.requirement("WORKER-4501")
 def test_a_long_prompt_stalls_running_streams_by_one_call_at_a_time() -> None:
     s, running, long = scheduler(), job(3, max_tokens=50), job(80)
     s.submit(running)
@@ -55,6 +59,7 @@ def test_a_long_prompt_stalls_running_streams_by_one_call_at_a_time() -> None:
     assert kinds == [PrefillStep, DecodeStep] * 4
 
 
+@pytest.mark.requirement("WORKER-4501")
 def test_jobs_are_admitted_in_order_of_arrival_even_when_a_later_one_would_fit() -> None:
     s = scheduler(rows=3, pages=10)
     first, large, small = job(20), job(20), job(4)
@@ -67,6 +72,7 @@ def test_jobs_are_admitted_in_order_of_arrival_even_when_a_later_one_would_fit()
     assert [j.row >= 0 for j in (large, small)] == [True, True]
 
 
+@pytest.mark.requirement("WORKER-4422")
 def test_a_job_reserves_every_page_it_can_ever_write() -> None:
     s, j = scheduler(), job(5, max_tokens=4)
     s.submit(j)
@@ -74,6 +80,7 @@ def test_a_job_reserves_every_page_it_can_ever_write() -> None:
     assert len(j.pages) == 2  # positions 0 … 7: the fourth token is sampled but never stored
 
 
+@pytest.mark.requirement("WORKER-4503")
 def test_removing_a_job_frees_its_row_and_pages_once() -> None:
     s, j = scheduler(rows=1, pages=4), job(5)
     s.submit(j)

@@ -30,6 +30,7 @@ def read_all(stream: JobStream) -> list[Event]:
     return asyncio.run(run())
 
 
+@pytest.mark.requirement("WORKER-4243")
 def test_unread_tokens_merge_into_one_event() -> None:
     stream = JobStream()
     for i in range(3):
@@ -39,6 +40,7 @@ def test_unread_tokens_merge_into_one_event() -> None:
 
 
 @pytest.mark.requirement("WORKER-4250")
+@pytest.mark.requirement("WORKER-4253")
 def test_nothing_follows_a_terminal_event() -> None:
     stream = JobStream()
     stream.put(ENDED)

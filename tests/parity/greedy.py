@@ -9,13 +9,14 @@ import jax
 import numpy as np
 from numpy.typing import NDArray
 
-from orcd_jax.engine.engine import Delivery, Engine
+from orcd_jax.engine.engine import Delivery, Engine, warm_up
 from orcd_jax.engine.programs import Programs
 from orcd_jax.engine.request import Ended, Failed, JobRequest, Tokens
 from orcd_jax.engine.state import EngineShape
 from orcd_jax.errors import OrcdError
 from orcd_jax.models.config import LlamaConfig
 from orcd_jax.models.registry import Params
+from tests.engine.guards import Unguarded
 from tests.engine.tiny import LogitsDriver
 
 WAIT_S = 280.0
@@ -52,10 +53,9 @@ def greedy_tokens(
         done.set()
 
     silent = (b".",) * config.vocab_size
-    engine = Engine(
-        Programs(config, shape, device), params, token_bytes=silent, eos_ids=(), deliver=deliver, on_fatal=fatal
-    )
-    engine.start()
+    programs = Programs(config, shape, device)
+    engine = Engine(programs, params, Unguarded(), token_bytes=silent, eos_ids=(), deliver=deliver, on_fatal=fatal)
+    engine.start(warm_up(programs, params))
     try:
         for name, prompt in zip(got, prompts, strict=True):
             engine.submit(JobRequest(job_id=name, prompt_ids=tuple(prompt), max_tokens=steps, ignore_eos=True))

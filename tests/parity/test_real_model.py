@@ -45,6 +45,7 @@ def test_the_goldens_were_made_from_the_same_file(model: RealModel) -> None:
 
 
 @pytest.mark.requirement("WORKER-4700")
+@pytest.mark.requirement("WORKER-4997")
 def test_greedy_tokens_through_the_engine_equal_those_of_transformers(model: RealModel, device: jax.Device) -> None:
     """Sixteen jobs on eight rows, admitted as rows become free."""
     prompts = [p.ids for p in GOLDENS.prompts]
