@@ -7,14 +7,17 @@
       chat_template.jinja    when the source has one
 
 ``digest`` pins everything that decides an answer: the configuration, the tokenizer, the template and each tensor.
+``provenance_digest`` covers what decides none, so that no bit of the manifest changes unnoticed.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from pathlib import Path, PurePosixPath
+import os
+import stat
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -29,10 +32,13 @@ ARRAYS_DIRECTORY = "arrays"
 TOKENIZER_FILE = "tokenizer.json"
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
 MAX_MANIFEST_BYTES = 64 * 1024 * 1024
+MAX_TENSORS = 10_000
+MAX_FILES = 100_000
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Size = Annotated[int, Field(ge=0, lt=2**53)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+Word = Annotated[str, Field(pattern=r"^[a-z0-9_]{1,64}$")]
 
 
 class _Record(BaseModel):
@@ -78,8 +84,7 @@ class FileEntry(_Record):
     @field_validator("path")
     @classmethod
     def _stays_inside(cls, value: str) -> str:
-        path = PurePosixPath(value)
-        if path.is_absolute() or not path.parts or ".." in path.parts or "\0" in value or str(path) != value:
+        if "\0" in value or any(part in ("", ".", "..") for part in value.split("/")):
             raise ValueError("a file path must be relative, normalised and inside the checkpoint")
         return value
 
@@ -87,14 +92,14 @@ class FileEntry(_Record):
 class ModelCapabilities(_Record):
     """The Model Capability Descriptor (MCD): what a worker must be able to do to run this model (WORKER-4600)."""
 
-    model_id: str = Field(min_length=1, max_length=512)
-    architecture: str
-    positional: str
-    attention: str
-    quant: str
+    model_id: str = Field(pattern=r"^[A-Za-z0-9\-_/:.@=]{1,512}$")
+    architecture: Word
+    positional: Word
+    attention: Word
+    quant: Word
     context_max: int = Field(ge=1)
     vocab_size: int = Field(ge=1)
-    tokenizer: str
+    tokenizer: Word
 
 
 class TokenizerEntry(_Record):
@@ -125,17 +130,23 @@ class Provenance(_Record):
 
 
 class Manifest(_Record):
-    """The whole content of ``manifest.json``."""
+    """The whole content of ``manifest.json``.
+
+    Attributes:
+      digest: see ``model_digest``.
+      provenance_digest: see ``provenance_digest``; made when it is not given, as in manifests that are older than it.
+    """
 
     format: Literal["orcd-checkpoint"] = "orcd-checkpoint"
     format_version: Literal[1] = 1
     model: ModelCapabilities
     config: LlamaConfig
     tokenizer: TokenizerEntry
-    tensors: tuple[TensorEntry, ...] = Field(max_length=100_000)
-    files: tuple[FileEntry, ...] = Field(max_length=1_000_000)
+    tensors: tuple[TensorEntry, ...] = Field(max_length=MAX_TENSORS)
+    files: tuple[FileEntry, ...] = Field(max_length=MAX_FILES)
     digest: Sha256
     source: Provenance
+    provenance_digest: Sha256 = Field(default_factory=lambda given: _made(given))
 
     @model_validator(mode="after")
     def _consistent(self) -> Manifest:
@@ -144,8 +155,12 @@ class Manifest(_Record):
                 raise ValueError(f"{name} must be unique and sorted by path")
         if self.model.vocab_size != self.config.vocab_size or self.model.context_max != self.config.context_max:
             raise ValueError("model and config disagree about vocab_size or context_max")
+        if self.config.num_layers > len(self.tensors):  # before anything is planned for each layer
+            raise ValueError(f"config has {self.config.num_layers} layers and there are {len(self.tensors)} tensors")
         if self.digest != model_digest(self.config, self.tokenizer, self.files, self.tensors):
             raise ValueError("digest does not match the manifest's own content")
+        if self.provenance_digest != provenance_digest(self.model, self.source):
+            raise ValueError("provenance_digest does not match model_id and source")
         return self
 
     @property
@@ -188,15 +203,44 @@ def model_digest(
     return outer.hexdigest()
 
 
+def provenance_digest(model: ModelCapabilities, source: Provenance) -> str:
+    """SHA-256 of the canonical JSON of ``{model_id, source}``, which decide no answer and are not in the model digest.
+
+    It shows damage. It shows no tampering: who writes a manifest writes this too.
+    """
+    named = {"model_id": model.model_id, "source": source.model_dump(mode="json")}
+    return hashlib.sha256(canonical_json(named)).hexdigest()
+
+
+def _made(given: Mapping[str, object]) -> str:
+    """The digest of fields that were valid; where one was not, the manifest is refused for that."""
+    model, source = given.get("model"), given.get("source")
+    if isinstance(model, ModelCapabilities) and isinstance(source, Provenance):
+        return provenance_digest(model, source)
+    return ""
+
+
 def read_manifest(directory: Path) -> Manifest:
     """Reads and validates ``manifest.json``.
 
     Raises:
       OrcdError: MODEL_LOAD_FAILED, when it is missing, too large, not JSON, of another version, or inconsistent.
     """
+    return parse_manifest(read_manifest_bytes(directory))
+
+
+def read_manifest_bytes(directory: Path) -> bytes:
+    """The content of ``manifest.json``: what a signature is over.
+
+    Raises:
+      OrcdError: MODEL_LOAD_FAILED, when it is missing or too large.
+    """
     path = directory / MANIFEST_FILE
     try:
-        with path.open("rb") as file:
+        # A pipe would wait for its writer, a device may never end.
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise _failed("manifest.json is not a plain file")
             raw = file.read(MAX_MANIFEST_BYTES + 1)
     except FileNotFoundError:
         raise _failed(
@@ -207,6 +251,15 @@ def read_manifest(directory: Path) -> Manifest:
         raise _failed(f"the model's manifest.json cannot be read: {error.strerror}") from None
     if len(raw) > MAX_MANIFEST_BYTES:
         raise _failed(f"manifest.json is larger than {MAX_MANIFEST_BYTES} bytes")
+    return raw
+
+
+def parse_manifest(raw: bytes) -> Manifest:
+    """Validates the content of ``manifest.json``.
+
+    Raises:
+      OrcdError: MODEL_LOAD_FAILED, when it is not JSON, of another version, or inconsistent.
+    """
     try:
         value = json.loads(raw)
     except (ValueError, RecursionError):

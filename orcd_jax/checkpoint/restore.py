@@ -8,14 +8,22 @@ from pathlib import Path
 import jax
 import orbax.checkpoint as ocp
 
-from orcd_jax.checkpoint.manifest import ARRAYS_DIRECTORY, Manifest
+from orcd_jax.checkpoint.manifest import ARRAYS_DIRECTORY, Manifest, tensor_bytes
 from orcd_jax.checkpoint.progress import Progress
 from orcd_jax.errors import ErrorCode, OrcdError
 from orcd_jax.models.registry import Params, abstract_params, attention_kind, positional_kind, shard_grid
 
+_GB = 10**9  # Orbax's unit
+DEFAULT_STAGING_BYTES = 8 * 2**30
+
 
 def restore(
-    directory: Path, manifest: Manifest, device: jax.Device, on_progress: Callable[[Progress], None] = lambda _: None
+    directory: Path,
+    manifest: Manifest,
+    device: jax.Device,
+    on_progress: Callable[[Progress], None] = lambda _: None,
+    *,
+    staging_bytes: int = DEFAULT_STAGING_BYTES,
 ) -> Params:
     """Restores every array of a checkpoint whose files were verified.
 
@@ -24,9 +32,11 @@ def restore(
       manifest: its manifest.
       device: where the arrays will lie.
       on_progress: called before and after.
+      staging_bytes: host memory that may hold weights on their way at once (WORKER-4102).
 
     Raises:
-      OrcdError: MODEL_LOAD_FAILED, when the arrays are not those of the configuration or cannot be read.
+      OrcdError: MODEL_LOAD_FAILED, when the arrays are not those of the configuration or cannot be read; HOST_OOM, when
+        one of them alone is larger than ``staging_bytes``.
     """
     here = jax.sharding.SingleDeviceSharding(device)
     target = {
@@ -35,10 +45,11 @@ def restore(
     }
     _check_model(manifest)
     _check_table(manifest, target)
+    _check_staging(manifest, staging_bytes)
     arrays = (directory / ARRAYS_DIRECTORY).resolve()
     on_progress(Progress("restore", 0, manifest.weight_bytes))
     try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(restore_concurrent_gb=staging_bytes / _GB)) as checkpointer:
             _check_stored(checkpointer.metadata(arrays), target)
             params: Params = checkpointer.restore(
                 arrays,
@@ -51,6 +62,19 @@ def restore(
         raise _failed(f"the checkpoint's arrays cannot be restored ({type(error).__name__})") from error
     on_progress(Progress("restore", manifest.weight_bytes, manifest.weight_bytes))
     return params
+
+
+def _check_staging(manifest: Manifest, staging_bytes: int) -> None:
+    largest = max(manifest.tensors, key=tensor_bytes)
+    if (needed := tensor_bytes(largest)) > staging_bytes:
+        raise OrcdError(
+            ErrorCode.HOST_OOM,
+            f"tensor {largest.path} has {needed} bytes, and at most {staging_bytes} may be on their way through host "
+            f"memory at once: raise --max_staging_bytes to {needed}",
+            field="max_staging_bytes",
+            needed_bytes=needed,
+            available_bytes=staging_bytes,
+        )
 
 
 def _check_model(manifest: Manifest) -> None:

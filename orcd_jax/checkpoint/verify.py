@@ -12,20 +12,34 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from orcd_jax.checkpoint.digest import entry_digest, file_digest
-from orcd_jax.checkpoint.manifest import MANIFEST_FILE, FileEntry, Manifest, tensor_bytes
+from orcd_jax.checkpoint.manifest import MANIFEST_FILE, MAX_FILES, FileEntry, Manifest, tensor_bytes
 from orcd_jax.checkpoint.progress import Progress
 from orcd_jax.errors import ErrorCode, OrcdError
-from orcd_jax.models.registry import Params
+
+if TYPE_CHECKING:  # it imports JAX, which a check of files does without
+    from orcd_jax.models.registry import Params
 
 OnProgress = Callable[[Progress], None]
 
 
-def verify_files(directory: Path, manifest: Manifest, on_progress: OnProgress) -> None:
+def verify_files(
+    directory: Path, manifest: Manifest, on_progress: OnProgress, on_file: Callable[[FileEntry], None] = lambda _: None
+) -> None:
     """Compares every file with the manifest: nothing missing, nothing unlisted, no links, each SHA-256 equal.
+
+    A link, symbolic or hard, is refused even where its content is right: under its other name the content can be
+    changed from outside the directory, after it was checked.
+
+    Args:
+      directory: the checkpoint.
+      manifest: what must be there.
+      on_progress: called with the bytes hashed so far.
+      on_file: called with each file that is as listed, from several threads.
 
     Raises:
       OrcdError: MODEL_LOAD_FAILED, naming the first file that differs.
@@ -51,6 +65,7 @@ def verify_files(directory: Path, manifest: Manifest, on_progress: OnProgress) -
                 raise _differs(entry.path, f"has {size} bytes instead of {entry.size_bytes}")
             if file_digest(directory / entry.path, advance) != (entry.size_bytes, entry.sha256):
                 raise _differs(entry.path, "has another SHA-256")
+            on_file(entry)
         except OSError as error:
             raise _differs(entry.path, f"cannot be read ({error.strerror})") from None
 
@@ -86,20 +101,29 @@ def verify_arrays(manifest: Manifest, params: Params, on_progress: OnProgress) -
 
 
 def _files_below(directory: Path) -> set[str]:
-    """Relative paths of all files. Raises MODEL_LOAD_FAILED at a link or anything else that is not a plain file."""
+    """Relative paths of all files.
+
+    Raises:
+      OrcdError: MODEL_LOAD_FAILED, at a link or anything else that is not a plain file, and at too many of them.
+    """
     found: set[str] = set()
     folders = [directory]
     try:
         while folders:
             with os.scandir(folders.pop()) as entries:
                 for entry in entries:
-                    path, mode = Path(entry.path), entry.stat(follow_symlinks=False).st_mode
-                    if stat.S_ISDIR(mode):
+                    path, status = Path(entry.path), entry.stat(follow_symlinks=False)
+                    name = path.relative_to(directory).as_posix()
+                    if stat.S_ISDIR(status.st_mode):
                         folders.append(path)
-                    elif stat.S_ISREG(mode):
-                        found.add(path.relative_to(directory).as_posix())
+                    elif not stat.S_ISREG(status.st_mode):
+                        raise _differs(name, "is a link or a special file")
+                    elif status.st_nlink > 1:
+                        raise _differs(name, f"has {status.st_nlink} names (hard links), and may have one")
+                    elif len(found) > MAX_FILES:  # the listed ones and the manifest
+                        raise _differs(name, f"is one too many: there may be {MAX_FILES}")
                     else:
-                        raise _differs(path.relative_to(directory).as_posix(), "is a link or a special file")
+                        found.add(name)
     except OSError as error:
         raise OrcdError(
             ErrorCode.MODEL_LOAD_FAILED,

@@ -14,8 +14,11 @@ MAX_STOP_IDS = 256
 MAX_CHAT_MESSAGES = 1024
 MAX_DETOKENIZE_IDS = 1_048_576
 MAX_TOKEN_ID = 2**31 - 1
+MIN_NONCE_BYTES, MAX_NONCE_BYTES = 16, 64
 
 _IDENTIFIER = re.compile(r"[A-Za-z0-9_-]{1,256}")
+_DIGEST = re.compile(r"[0-9A-Fa-f]{64}")
+_MODEL_REF = re.compile(r"[A-Za-z0-9\-_/:.@=]{1,512}")
 _IDENTIFIER_RULE = "1 to 256 of A-Z a-z 0-9 _ -"
 
 
@@ -38,19 +41,47 @@ def optional_identifier(field: str, value: str) -> str:
     return identifier(field, value) if value else ""
 
 
+def optional_digest(field: str, value: str) -> str:
+    """A SHA-256 as 64 hex digits, in lower case; or nothing (WORKER-4303)."""
+    if value and not _DIGEST.fullmatch(value):
+        raise refusal(field, f"{_count(value)}, or not all of them hex digits; it must be exactly 64 hex digits")
+    return value.lower()
+
+
+def optional_model_ref(field: str, value: str) -> str:
+    """A model reference in form, or nothing (WORKER-4300); what it means is found out where models are found."""
+    if value and not _MODEL_REF.fullmatch(value):
+        raise refusal(
+            field, f"{_count(value)} that are not all allowed; it must be 1 to 512 of A-Z a-z 0-9 - _ / : . @ ="
+        )
+    return value
+
+
+def nonce(field: str, value: bytes) -> bytes:
+    """Bytes that a caller has not used before."""
+    if not MIN_NONCE_BYTES <= len(value) <= MAX_NONCE_BYTES:
+        raise refusal(field, f"{len(value)} bytes; it must have {MIN_NONCE_BYTES} to {MAX_NONCE_BYTES}")
+    return value
+
+
 def text(field: str, value: str, *, most: int, least: int = 1) -> str:
-    """A text without NUL, of ``least`` to ``most`` characters (WORKER-4301)."""
+    """A text of ``least`` to ``most`` characters, valid UTF-8 and without NUL (WORKER-4301)."""
     if not least <= len(value) <= most:
         raise refusal(field, f"{_count(value)}; it must have {least} to {most}")
     if "\0" in value:
         raise refusal(field, "it holds a NUL character; leave it out")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise refusal(field, "it holds half a surrogate pair; it must be valid UTF-8") from None
     return value
 
 
 def integer(field: str, value: int, *, least: int, most: int) -> int:
     """An integer within bounds, both included (WORKER-4302)."""
     if not least <= value <= most:
-        raise refusal(field, f"{value} is not allowed; it must be {least} to {most}")
+        shown = value if -(2**63) <= value < 2**64 else "an integer beyond 64 bits"
+        raise refusal(field, f"{shown} is not allowed; it must be {least} to {most}")
     return value
 
 

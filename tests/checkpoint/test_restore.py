@@ -61,6 +61,8 @@ def test_restored_arrays_are_the_converted_ones_bit_for_bit(
     assert params.keys() == leaves(source.config).keys()
 
 
+@pytest.mark.requirement("WORKER-4000")
+@pytest.mark.requirement("WORKER-4100")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_arrays_have_the_models_shapes_and_dtypes_and_lie_on_the_device_asked_for(
     tmp_path: Path, dtype: WeightDtype
@@ -103,6 +105,7 @@ def test_progress_begins_at_nothing_and_ends_at_all_bytes(checkpoint: Path, devi
     ],
 )
 @pytest.mark.requirement("WORKER-4310")
+@pytest.mark.requirement("WORKER-4412")
 def test_a_table_of_other_tensors_than_the_configuration_has_is_refused(
     checkpoint: Path, tmp_path: Path, device: jax.Device, edit: Callable[[Json], object], path: str
 ) -> None:
@@ -163,6 +166,7 @@ def with_arrays_of(other: MemorySource, checkpoint: Path, tmp_path: Path) -> Pat
     ],
 )
 @pytest.mark.requirement("WORKER-4310")
+@pytest.mark.requirement("WORKER-4412")
 def test_the_arrays_of_another_model_are_refused(
     checkpoint: Path, tmp_path: Path, device: jax.Device, changes: dict[str, object], path: str
 ) -> None:

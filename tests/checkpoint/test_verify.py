@@ -69,6 +69,7 @@ def test_a_whole_checkpoint_passes_and_every_byte_is_reported(checkpoint: Path, 
 
 
 @pytest.mark.requirement("WORKER-4310")
+@pytest.mark.requirement("WORKER-4313")
 def test_one_flipped_bit_in_any_file_is_refused_by_name(copy: Path, manifest: Manifest) -> None:
     rng = np.random.default_rng(4310)
     tried = 0
@@ -100,6 +101,7 @@ def deciding_part(manifest: bytes) -> object:
 
 
 @pytest.mark.requirement("WORKER-4310")
+@pytest.mark.requirement("WORKER-4313")
 def test_one_flipped_bit_in_the_manifest_is_refused_before_anything_is_restored(
     copy: Path, device: jax.Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -120,19 +120,21 @@ def open_gguf(path: Path, dtype: Dtype) -> GgufSource:
     weights: WeightDtype = "bfloat16" if matrices == {"BF16"} else "float32"
     if dtype != "auto":
         weights = dtype
+    config = _config(file, gguf_names, weights)
+    tokens = file.metadata.get("tokenizer.ggml.tokens")
+    if isinstance(tokens, tuple) and len(tokens) != config.vocab_size:  # before a tokenizer is built of them
+        raise _refuse("token_embd.weight", f"its {config.vocab_size} rows are not one for each token")
     tokenizer_json, tokenizer = build_tokenizer(file.metadata)
     template = file.metadata.get("tokenizer.chat_template")
-    config = _config(file, gguf_names, weights)
-    tokens = file.metadata["tokenizer.ggml.tokens"]
-    if not isinstance(tokens, tuple) or len(tokens) != config.vocab_size:
-        raise _refuse("token_embd.weight", f"its {config.vocab_size} rows are not one for each token")
+    if template is not None and not isinstance(template, str):
+        raise _refuse("tokenizer.chat_template", "it must be of type str")
     return GgufSource(
         file=file,
         config=config,
         model_id=_model_id(file),
         tokenizer=tokenizer,
         tokenizer_json=tokenizer_json,
-        chat_template=template if isinstance(template, str) else None,
+        chat_template=template,
         tensor_types=tuple(sorted({t.type for t in file.tensors.values()})),
         paths=(path,),
         gguf_names=gguf_names,
@@ -146,7 +148,7 @@ def _hf_name(name: str) -> str | None:
     if match := re.fullmatch(r"(\w+)\.weight", name):
         if match[1] in _TOP:
             return f"{_TOP[match[1]]}.weight"
-    elif (match := re.fullmatch(r"blk\.(0|[1-9]\d{0,3})\.(\w+)\.(weight|bias)", name)) and match[2] in _LAYER:
+    elif (match := re.fullmatch(r"blk\.(0|[1-9][0-9]{0,3})\.(\w+)\.(weight|bias)", name)) and match[2] in _LAYER:
         return f"model.layers.{match[1]}.{_LAYER[match[2]]}.{match[3]}"
     raise _refuse("tensors", f"{shown(name)} is not part of a llama model; nothing is dropped silently")
 
@@ -168,17 +170,23 @@ def _config(file: GgufFile, names: Mapping[str, str], dtype: WeightDtype) -> Lla
             )
     if "model.embed_tokens.weight" not in names:
         raise _refuse("tensors", "token_embd.weight is missing")
+    layers = _get(meta, "llama.block_count", int)
+    if layers > len(names):  # what is planned for each layer is bounded by what the file holds
+        raise _refuse("llama.block_count", f"{layers} layers cannot be made of {len(names)} tensors")
+    theta = _short(_get(meta, "llama.rope.freq_base", float, 10_000.0))
+    if theta <= 1:
+        raise _refuse("llama.rope.freq_base", f"{theta:g} must be above 1")
     try:
         plain = LlamaConfig(
             vocab_size=file.tensors[names["model.embed_tokens.weight"]].shape[0],
             hidden_size=hidden,
-            num_layers=_get(meta, "llama.block_count", int),
+            num_layers=layers,
             num_heads=heads,
             num_kv_heads=_get(meta, "llama.attention.head_count_kv", int, heads),
             head_dim=head_dim,
             mlp_size=_get(meta, "llama.feed_forward_length", int),
             norm_eps=_short(_get(meta, "llama.attention.layer_norm_rms_epsilon", float)),
-            rope_theta=_short(_get(meta, "llama.rope.freq_base", float, 10_000.0)),
+            rope_theta=theta,
             tied_embeddings="lm_head.weight" not in names,
             attention_bias="model.layers.0.self_attn.q_proj.bias" in names,
             mlp_bias="model.layers.0.mlp.gate_proj.bias" in names,
@@ -208,13 +216,12 @@ def _rope_scaling(file: GgufFile, config: LlamaConfig) -> RopeScaling | None:
     if kind == "linear":
         return RopeScaling(kind="linear", factor=factor)
     if kind == "yarn":
+        context = _get(meta, "llama.rope.scaling.original_context_length", int)
+        plain = RopeScaling(kind="yarn", factor=factor, original_context=context)  # refuses a factor without logarithm
         scale = _short(_get(meta, "llama.rope.scaling.attn_factor", float, 1.0))
-        return RopeScaling(
-            kind="yarn",
-            factor=factor,
-            original_context=_get(meta, "llama.rope.scaling.original_context_length", int),
-            attention_factor=None if scale == 1.0 else scale * (0.1 * math.log(factor) + 1.0),
-        )
+        if scale == 1.0:
+            return plain
+        return RopeScaling(**dict(plain) | {"attention_factor": scale * (0.1 * math.log(factor) + 1.0)})
     raise _refuse("llama.rope.scaling.type", f"{shown(kind)} is not supported; supported are none, linear, yarn")
 
 
@@ -253,7 +260,8 @@ def _get(meta: Mapping[str, GgufValue], key: str, kind: type[Value], default: Va
 
 def _short(value: float) -> float:
     """The shortest decimal that is the same float32: 9.999999747378752e-06 was written as 1e-05."""
-    return float(str(np.float32(value)))
+    with np.errstate(over="ignore"):  # an infinity is refused as what it is
+        return float(str(np.float32(value)))
 
 
 def _model_id(file: GgufFile) -> str:

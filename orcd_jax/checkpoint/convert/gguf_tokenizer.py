@@ -76,10 +76,12 @@ def build_tokenizer(metadata: Mapping[str, GgufValue]) -> tuple[bytes, Tokenizer
     vocabulary = {token: index for index, token in enumerate(tokens)}
     if len(vocabulary) != len(tokens):
         raise _refuse("tokenizer.ggml.tokens", "a token stands in the vocabulary twice")
+    if any("\0" in token for token in tokens):
+        raise _refuse("tokenizer.ggml.tokens", "a token holds a NUL character")
     merges = [_merge(text, vocabulary) for text in _texts(metadata, "tokenizer.ggml.merges")]
     types = metadata.get("tokenizer.ggml.token_type", (1,) * len(tokens))
-    if not isinstance(types, tuple) or len(types) != len(tokens):
-        raise _refuse("tokenizer.ggml.token_type", "it must have one entry for each token")
+    if not isinstance(types, tuple) or len(types) != len(tokens) or {type(kind) for kind in types} != {int}:
+        raise _refuse("tokenizer.ggml.token_type", "it must have one integer for each token")
     try:
         built = _build(pre, vocabulary, merges, tokens, types)
         if built.get_vocab_size(with_added_tokens=True) != len(tokens):
@@ -109,11 +111,10 @@ def _build(
     splits.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
     built.pre_tokenizer = pre_tokenizers.Sequence(splits)
     built.decoder = decoders.ByteLevel()
-    for token, kind in zip(tokens, types, strict=True):
-        if kind == _CONTROL:
-            built.add_special_tokens([AddedToken(token, special=True, normalized=False)])
-        elif kind == _USER_DEFINED:
-            built.add_tokens([AddedToken(token, special=False, normalized=False)])
+    # All at once: the library goes through all added tokens again at each call.
+    kinds = list(zip(tokens, types, strict=True))
+    built.add_special_tokens([AddedToken(t, special=True, normalized=False) for t, kind in kinds if kind == _CONTROL])
+    built.add_tokens([AddedToken(t, special=False, normalized=False) for t, kind in kinds if kind == _USER_DEFINED])
     return built
 
 

@@ -27,11 +27,13 @@ from orcd_jax.tokenizer.token_bytes import tokenizer_kind
 MAX_JSON_BYTES = 64 * 1024 * 1024
 MAX_TOKENIZER_BYTES = 256 * 1024 * 1024
 MAX_FILES = 1_000
+MAX_TENSORS = 10_000
 
 Json = Mapping[str, object]
 Value = TypeVar("Value", int, float, bool, str)
 
 _EMBED, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_TENSOR_NAME = re.compile(r"[A-Za-z0-9_.\-]{1,256}")
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 # Stored by old versions of transformers; recomputed from the configuration here.
 _BUFFERS = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
@@ -149,6 +151,10 @@ def _tensors(directory: Path) -> dict[str, tuple[Path, tuple[int, ...], str]]:
         try:
             with safe_open(path, framework="np") as file:
                 for name in file.keys():  # noqa: SIM118 - not a dict
+                    if not _TENSOR_NAME.fullmatch(name):
+                        raise _refuse(path.name, f"tensor {shown(name)}: a name is 1 to 256 of A-Z a-z 0-9 _ . -")
+                    if len(found) == MAX_TENSORS:
+                        raise _refuse(path.name, f"there are more than {MAX_TENSORS} tensors")
                     kind = str(file.get_slice(name).get_dtype())
                     if _BUFFERS.fullmatch(name):
                         continue
@@ -221,12 +227,17 @@ def _config(
     if not isinstance(rope, dict):
         raise _refuse("config.json", "rope_scaling is not an object")
     theta = _get(rope, "rope_theta", float, _get(settings, "rope_theta", float, 10_000.0))
+    if theta <= 1:
+        raise _refuse("config.json", f"rope_theta is {theta:g}; it must be above 1")
+    layers = _get(settings, "num_hidden_layers", int)
+    if layers > len(tensors):  # what is planned for each layer is bounded by what the files hold
+        raise _refuse("config.json", f"num_hidden_layers is more than {len(tensors)} tensors can make")
     head_dim = settings.get("head_dim")
     try:
         return LlamaConfig(
             vocab_size=_get(settings, "vocab_size", int),
             hidden_size=hidden,
-            num_layers=_get(settings, "num_hidden_layers", int),
+            num_layers=layers,
             num_heads=heads,
             num_kv_heads=_get(settings, "num_key_value_heads", int, heads),
             head_dim=hidden // max(heads, 1) if head_dim is None else _get(settings, "head_dim", int),
@@ -365,5 +376,5 @@ def _unreadable(path: Path, error: Exception) -> OrcdError:
 
 def _refuse(file: str, problem: str) -> OrcdError:
     return OrcdError(
-        ErrorCode.MODEL_LOAD_FAILED, f"the model cannot be converted: {shown(file)}: {problem}", field=file
+        ErrorCode.MODEL_LOAD_FAILED, f"the model cannot be converted: {shown(file)}: {problem}", field=shown(file)
     )
