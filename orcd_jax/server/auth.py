@@ -1,115 +1,258 @@
-"""Bearer tokens: read from a private file, compared in constant time, named in logs by a fingerprint only."""
+"""Bearer tokens: read from private files, compared in constant time, named in logs by a fingerprint only.
+
+There are two roles with files of their own: *execute* runs jobs, *control* loads, inspects and ends the worker.
+"""
 
 from __future__ import annotations
 
+import enum
 import hashlib
 import hmac
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn, Self
 
+from orcd_jax.config_files import others_can_use
 from orcd_jax.errors import ErrorCode, OrcdError
 
 MIN_TOKEN_CHARS = 32
 MAX_TOKEN_CHARS = 1024
 MAX_TOKENS = 2  # the new one and the old one, while clients change over
 _MAX_FILE_BYTES = 4096
-_FLAG = "api_token_file"
 _SCHEME = "bearer"
 
 
+class Role(enum.StrEnum):
+    """What a token is for."""
+
+    EXECUTE = "execute"
+    CONTROL = "control"
+
+
+TOKEN_FLAGS = {Role.EXECUTE: "api_token_file", Role.CONTROL: "control_token_file"}
+"""The flag that names the file of a role's tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Who calls.
+
+    Attributes:
+      fingerprint: of the token.
+      roles: what it is for.
+    """
+
+    fingerprint: str
+    roles: frozenset[Role]
+
+
+@dataclass(frozen=True, slots=True)
+class Rotation:
+    """What changed when the token files were read again, as fingerprints; for the audit."""
+
+    came: tuple[str, ...]
+    went: tuple[str, ...]
+
+
 class Tokens:
-    """The tokens that open the worker. Shows none of them, in any text form."""
+    """The tokens of one role. Keeps their digests only, and shows none of them in any text form."""
 
     def __init__(self, secrets: Sequence[str]) -> None:
         """Takes the tokens as they were read; ``load_tokens`` checks them."""
-        self._known = [(secret.encode(), fingerprint(secret)) for secret in secrets]
+        self._digest_of = {fingerprint(secret): _digest(secret.encode()) for secret in secrets}
 
     def __repr__(self) -> str:
-        return f"Tokens({', '.join(name for _, name in self._known)})"
+        return f"Tokens({', '.join(self._digest_of)})"
+
+    @property
+    def fingerprints(self) -> tuple[str, ...]:
+        """Names of the tokens, as logs show them."""
+        return tuple(self._digest_of)
+
+    def find(self, presented: bytes) -> str:
+        """The fingerprint of the token that was presented; empty when it is none of these."""
+        given, found = _digest(presented), ""
+        for name, digest in self._digest_of.items():  # all of them, whichever fits: the time tells nothing
+            if hmac.compare_digest(digest, given):
+                found = name
+        return found
 
     def authenticate(self, authorization: Sequence[object]) -> str:
+        """Who calls, where there is one role; see :meth:`Access.authenticate`."""
+        return self.find(_presented(authorization)) or _refuse()
+
+
+class Access:
+    """The tokens of every role. Owns them, and reads their files again when asked."""
+
+    def __init__(self, tokens: Mapping[Role, Tokens], files: Mapping[Role, Path] | None = None) -> None:
+        """Takes tokens as they were read.
+
+        Args:
+          tokens: of each role that anybody has.
+          files: where they came from, for :meth:`reload`.
+        """
+        _check_apart(tokens)
+        self._tokens = dict(tokens)
+        self._files = dict(files or {})
+
+    @classmethod
+    def from_files(cls, execute: Path, control: Path | None = None) -> Self:
+        """Reads the file of the execute role, and that of the control role if anybody is to have it.
+
+        Raises:
+          OrcdError: INVALID_PARAMS, saying what is wrong with which file and what to do.
+        """
+        files = {Role.EXECUTE: execute} | ({} if control is None else {Role.CONTROL: control})
+        return cls(_read_all(files), files)
+
+    def __repr__(self) -> str:
+        return f"Access({', '.join(f'{role}={tokens!r}' for role, tokens in self._tokens.items())})"
+
+    @property
+    def roles(self) -> frozenset[Role]:
+        """The roles that somebody can have."""
+        return frozenset(self._tokens)
+
+    @property
+    def fingerprints(self) -> tuple[str, ...]:
+        """Names of all tokens, as logs show them."""
+        return tuple(name for tokens in self._tokens.values() for name in tokens.fingerprints)
+
+    def authenticate(self, authorization: Sequence[object]) -> Identity:
         """Who calls.
 
         Args:
           authorization: every value of the call's ``authorization`` metadata.
 
         Returns:
-          The fingerprint of the token.
+          The fingerprint of the token, and the role it is for.
 
         Raises:
           OrcdError: AUTH_FAILED, in the same words whether it is missing, malformed or wrong.
         """
-        values = [value for value in authorization if isinstance(value, str)]
-        scheme, _, given = values[0].partition(" ") if len(values) == 1 else ("", "", "")
-        candidate = given.strip().encode() if scheme.lower() == _SCHEME else b""
-        found = ""
-        for secret, name in self._known:  # all of them, whichever fits: the time tells nothing
-            if hmac.compare_digest(secret, candidate):
-                found = name
-        if not found:
-            raise OrcdError(
-                ErrorCode.AUTH_FAILED, 'this call needs the metadata "authorization: Bearer <token>" with a valid token'
-            )
-        return found
+        presented = _presented(authorization)
+        found = {role: tokens.find(presented) for role, tokens in self._tokens.items()}  # all of them, as above
+        name = "".join(found.values()) or _refuse()  # no token has two roles
+        return Identity(name, frozenset(role for role, of in found.items() if of))
+
+    def reload(self) -> Rotation:
+        """Reads the files again. Calls that run go on; the next ones need a token that is there now.
+
+        Raises:
+          OrcdError: INVALID_PARAMS: a file is not as it must be; the tokens are the old ones.
+        """
+        tokens = _read_all(self._files) if self._files else self._tokens
+        _check_apart(tokens)
+        before = self.fingerprints
+        self._tokens = dict(tokens)
+        now = self.fingerprints
+        return Rotation(tuple(n for n in now if n not in before), tuple(n for n in before if n not in now))
 
 
 def fingerprint(token: str) -> str:
     """Six hex digits that name a token without telling it."""
-    return hashlib.sha256(token.encode()).hexdigest()[:6]
+    return _digest(token.encode()).hex()[:6]
 
 
-def load_tokens(path: Path) -> Tokens:
-    """Reads the token file: one token, or two during a rotation, each on a line of its own.
+def load_tokens(path: Path, role: Role = Role.EXECUTE) -> Tokens:
+    """Reads a token file: one token, or two during a rotation, each on a line of its own.
 
     Raises:
       OrcdError: INVALID_PARAMS, saying what is wrong with the file and what to do.
     """
-    text = _read_private(path)
+    flag = TOKEN_FLAGS[role]
+    text = read_private(path, flag, _MAX_FILE_BYTES)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not 1 <= len(lines) <= MAX_TOKENS:
-        raise _refusal(f"it holds {len(lines)} tokens; put one on a line of its own, or two during a rotation")
+        raise refusal(flag, f"it holds {len(lines)} tokens; put one on a line of its own, or two during a rotation")
     for number, line in enumerate(lines, 1):
         if not MIN_TOKEN_CHARS <= len(line) <= MAX_TOKEN_CHARS:
-            raise _refusal(
+            raise refusal(
+                flag,
                 f"token {number} has {len(line)} characters; it must have {MIN_TOKEN_CHARS} to {MAX_TOKEN_CHARS}: "
-                "make one with `openssl rand -hex 32`"
+                "make one with `openssl rand -hex 32`",
             )
         if not all("!" <= character <= "~" for character in line):
-            raise _refusal(f"token {number} has a character that is not printable ASCII, or a blank inside")
+            raise refusal(flag, f"token {number} has a character that is not printable ASCII, or a blank inside")
     if len(set(lines)) != len(lines):
-        raise _refusal("it holds the same token twice; leave one")
+        raise refusal(flag, "it holds the same token twice; leave one")
+    if len({fingerprint(line) for line in lines}) != len(lines):
+        raise refusal(flag, "its tokens have the same fingerprint; make another")
     return Tokens(lines)
 
 
-def _read_private(path: Path) -> str:
-    """The text of a small regular file that only its owner can read."""
+def read_private(path: Path, flag: str, most: int) -> str:
+    """The text of a small regular file that only its owner can use.
+
+    Args:
+      path: the file.
+      flag: who named it, for errors.
+      most: bytes it may have.
+
+    Raises:
+      OrcdError: INVALID_PARAMS, saying what is wrong with the file and what to do.
+    """
     try:
         # Without O_NONBLOCK a named pipe would hold the start forever.
         opened = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
         reason = error.strerror or type(error).__name__
-        raise _refusal(
-            f"it cannot be read ({reason}); make it, with mode 0600, as the user who runs the worker"
+        raise refusal(
+            flag, f"it cannot be read ({reason}); make it, with mode 0600, as the user who runs the worker"
         ) from None
     try:
         # Of the open file, not of the path: nobody can exchange it in between.
         status = os.fstat(opened)
         if not stat.S_ISREG(status.st_mode):
-            raise _refusal("it is not a regular file")
-        if status.st_mode & 0o077:
-            raise _refusal(f"others can use it (mode {stat.S_IMODE(status.st_mode):04o}); run `chmod 600` on it")
-        if status.st_size > _MAX_FILE_BYTES:
-            raise _refusal(f"it has {status.st_size} bytes; the limit is {_MAX_FILE_BYTES}")
-        data = os.read(opened, _MAX_FILE_BYTES + 1)
+            raise refusal(flag, "it is not a regular file")
+        if others_can_use(opened):
+            raise refusal(flag, f"others can use it (mode {stat.S_IMODE(status.st_mode):04o}); run `chmod 600` on it")
+        if status.st_size > most:
+            raise refusal(flag, f"it has {status.st_size} bytes; the limit is {most}")
+        data = os.read(opened, most + 1)
     finally:
         os.close(opened)
     try:
         return data.decode("ascii")
     except UnicodeDecodeError:
-        raise _refusal("it has a character that is not ASCII") from None
+        raise refusal(flag, "it has a character that is not ASCII") from None
 
 
-def _refusal(problem: str) -> OrcdError:
-    return OrcdError(ErrorCode.INVALID_PARAMS, f"--{_FLAG}: {problem}", field=_FLAG)
+def refusal(flag: str, problem: str) -> OrcdError:
+    """INVALID_PARAMS for a file that a flag names."""
+    return OrcdError(ErrorCode.INVALID_PARAMS, f"--{flag}: {problem}", field=flag)
+
+
+def _read_all(files: Mapping[Role, Path]) -> dict[Role, Tokens]:
+    return {role: load_tokens(path, role) for role, path in files.items()}
+
+
+def _check_apart(tokens: Mapping[Role, Tokens]) -> None:
+    """Raises INVALID_PARAMS when two roles share a token, or what logs call it."""
+    names = [name for of in tokens.values() for name in of.fingerprints]
+    if len(set(names)) != len(names):
+        other = TOKEN_FLAGS[Role.EXECUTE]
+        raise refusal(
+            TOKEN_FLAGS[Role.CONTROL], f"it holds a token of --{other}, or one with its fingerprint; make another"
+        )
+
+
+def _presented(authorization: Sequence[object]) -> bytes:
+    """The token of an ``authorization`` header; empty when there is none or it is not well-formed."""
+    values = [value for value in authorization if isinstance(value, str)]
+    scheme, _, given = values[0].partition(" ") if len(values) == 1 else ("", "", "")
+    return given.strip().encode() if scheme.lower() == _SCHEME else b""
+
+
+def _refuse() -> NoReturn:
+    raise OrcdError(
+        ErrorCode.AUTH_FAILED, 'this call needs the metadata "authorization: Bearer <token>" with a valid token'
+    )
+
+
+def _digest(data: bytes) -> bytes:
+    return hashlib.sha256(data).digest()

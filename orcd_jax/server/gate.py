@@ -6,33 +6,33 @@ The gate wraps whole services, so a method that is added later is behind it with
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import struct
-from collections.abc import Iterable, Mapping, Sequence
-from contextvars import ContextVar
-from dataclasses import dataclass
-from typing import Any, Protocol
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Protocol, cast
 
 from grpclib.const import Cardinality, Handler, Status
 from grpclib.exceptions import GRPCError
-from grpclib.metadata import Deadline
 from grpclib.server import Stream
 from grpclib.stream import StreamIterator
 from h2.exceptions import StreamClosedError
 
 from orcd_jax.errors import ErrorCode, OrcdError
-from orcd_jax.server.auth import Tokens
+from orcd_jax.server.admission import EXECUTE, OPEN_METHODS, READY, AuthOutcome, Door, roles_for
+from orcd_jax.server.auth import Access, Role
+from orcd_jax.server.call import CORRELATION_ID, Call, correlation_id, current_call, enter, only
 from orcd_jax.server.codec import MalformedMessage, StrictCodec
-from orcd_jax.server.status import grpc_error
-from orcd_jax.telemetry.log import EventCode, get_logger, where
+from orcd_jax.server.connection import CallStream
+from orcd_jax.server.limits import Limits
+from orcd_jax.server.status import grpc_error, internal_error, report_unexpected
+from orcd_jax.telemetry.log import EventCode, get_logger
 
-MAX_MESSAGE_BYTES = 4 * 2**20
-# A client that stops reading would hold its job's slot for ever: HTTP/2 has no write timeout.
-SEND_TIMEOUT_S = 30.0
-
-# Supervisors probe liveness before they have a token. Nothing else is open.
-OPEN_METHODS = frozenset({"/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch"})
+__all__ = ["Gate", "Service", "current_call", "internal_error", "report_unexpected"]
 
 _PREFIX = struct.Struct(">BI")
+_BUSY_RETRY_MS = 1000
 
 
 class Service(Protocol):
@@ -43,61 +43,51 @@ class Service(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
-    """Who calls, and until when.
-
-    Attributes:
-      fingerprint: of the token; empty for the open methods.
-      deadline: the call's own, from the client's timeout.
-    """
-
-    fingerprint: str
-    deadline: Deadline | None
-
-    def owner(self, tenant: str) -> str:
-        """The identity that a job belongs to."""
-        return f"{self.fingerprint}/{tenant}"
-
-    def remaining_ms(self) -> int | None:
-        """Milliseconds until the deadline, at least 1; None without one."""
-        return None if self.deadline is None else max(1, int(self.deadline.time_remaining() * 1e3))
-
-
-_CALL: ContextVar[Call] = ContextVar("call")
-
-
-def current_call() -> Call:
-    """The call that the running handler answers."""
-    return _CALL.get()
-
-
 class Gate(dict[str, Handler]):
     """Path to guarded handler, for every path there is: an unknown one is refused to strangers and UNIMPLEMENTED."""
 
-    def __init__(self, services: Iterable[Service], tokens: Tokens, codec: StrictCodec) -> None:
+    def __init__(
+        self,
+        services: Iterable[Service],
+        access: Access,
+        codec: StrictCodec,
+        *,
+        limits: Limits,
+        open_ready: bool = False,
+        on_auth: Callable[[AuthOutcome], None] | None = None,
+    ) -> None:
         """Guards every method of ``services``."""
         super().__init__()
-        self._tokens = tokens
+        self._door = Door(access, limits, on_auth, clock=time.monotonic)
         self._codec = codec
+        self._limits = limits
+        self._receiving = 0
+        self._watches: set[asyncio.Timeout] = set()
+        self._draining = False
+        self._open = OPEN_METHODS | ({READY} if open_ready else set())
         for service in services:
             for path, handler in service.__mapping__().items():
-                self[path] = self._guarded(handler, is_open=path in OPEN_METHODS)
+                self[path] = self._guarded(handler, path, roles_for(path))
         nowhere = Handler(_unimplemented, Cardinality.STREAM_STREAM, None, None)
-        self._unknown = self._guarded(nowhere, is_open=False)
+        self._unknown = self._guarded(nowhere, "unknown", frozenset(Role))
 
     def get(self, path: str, default: object = None) -> Handler:
         """The handler of a path; never ``default``."""
         del default
         return super().get(path, self._unknown)
 
-    def _guarded(self, handler: Handler, *, is_open: bool) -> Handler:
+    def _guarded(self, handler: Handler, path: str, roles: frozenset[Role]) -> Handler:
         async def guarded(stream: Stream[Any, Any]) -> None:
+            source = cast("CallStream", stream._stream)
+            trace = only(_metadata(stream, "traceparent"))
+            call = Call("", source.deadline, correlation_id(_metadata(stream, CORRELATION_ID)), trace)
+            enter(call)
             try:
-                fingerprint = "" if is_open else self._tokens.authenticate(_authorization(stream))
-                # A call is a task of its own, so nothing resets this.
-                _CALL.set(Call(fingerprint, stream.deadline))
-                await handler.func(_GuardedStream(stream, handler, self._codec))
+                if path not in self._open:
+                    self._authenticate(stream, path, roles, call)
+                if source.problem is not None:
+                    raise source.problem
+                await self._in_time(handler, stream, is_watch=path in OPEN_METHODS and _streams(handler))
             except GRPCError:
                 raise
             except OrcdError as error:
@@ -110,43 +100,128 @@ class Gate(dict[str, Handler]):
 
         return handler._replace(func=guarded)
 
+    def _authenticate(self, stream: Stream[Any, Any], path: str, roles: frozenset[Role], call: Call) -> None:
+        """Lets the caller in, under its own identity, or raises."""
+        address = stream.peer.addr()
+        peer = address[0] if address else ""
+        identity = self._door.admit(
+            _metadata(stream, "authorization"),
+            roles,
+            method=path,
+            peer=peer,
+            standing=cast("CallStream", stream._stream).standing,
+            correlation_id=call.correlation_id,
+        )
+        enter(replace(call, fingerprint=identity.fingerprint))
+        method = path.rpartition("/")[2]
+        weighty = path == EXECUTE or roles == {Role.CONTROL}
+        log = get_logger().info if weighty else get_logger().debug
+        log(
+            EventCode.REQUEST,
+            human=f"The holder of token {identity.fingerprint} calls {method}.",
+            method=method,
+            peer=peer,
+        )
+
+    async def _in_time(self, handler: Handler, stream: Stream[Any, Any], *, is_watch: bool) -> None:
+        """Answers a call before its deadline."""
+        deadline = current_call().deadline
+        left = None if deadline is None else deadline.time_remaining()
+        if left is not None and left <= 0:
+            raise OrcdError(ErrorCode.TIMEOUT, "the call's deadline had passed when it arrived")
+        try:
+            async with asyncio.timeout(left) as timer:
+                with self._watching(timer) if is_watch else contextlib.nullcontext():
+                    await handler.func(_GuardedStream(stream, handler, self))
+        except TimeoutError:
+            if not timer.expired():
+                raise
+            if is_watch and self._draining:
+                raise OrcdError(ErrorCode.NOT_READY, "the worker ends: nothing more is to be seen here") from None
+            raise OrcdError(ErrorCode.TIMEOUT, "the call's deadline has passed") from None
+
+    def end_watches(self) -> None:
+        """Ends the calls that would never end by themselves."""
+        self._draining = True
+        for timer in self._watches:
+            if not timer.expired():
+                timer.reschedule(asyncio.get_running_loop().time())
+
+    @contextlib.contextmanager
+    def _watching(self, timer: asyncio.Timeout) -> Iterator[None]:
+        """Counts a call that needs no token and does not end."""
+        if len(self._watches) >= self._limits.watches:
+            problem = f"{len(self._watches)} watches are open; there may be at most {self._limits.watches}"
+            raise OrcdError(ErrorCode.BUSY, problem, retry_after_ms=_BUSY_RETRY_MS)
+        self._watches.add(timer)
+        try:
+            yield
+        finally:
+            self._watches.discard(timer)
+
+    @contextlib.contextmanager
+    def receiving(self, size: int) -> Iterator[None]:
+        """Counts the bytes of a message while they arrive.
+
+        Raises:
+          OrcdError: INVALID_PARAMS: it is too large. BUSY: too much arrives at once.
+        """
+        limits = self._limits
+        if size > limits.message_bytes:
+            raise _malformed(f"the message has {size} bytes; the limit is {limits.message_bytes}")
+        if self._receiving + size > limits.receiving_bytes:
+            problem = f"messages of {limits.receiving_bytes} bytes are being received already: try again"
+            raise OrcdError(ErrorCode.BUSY, problem, retry_after_ms=_BUSY_RETRY_MS)
+        self._receiving += size
+        try:
+            yield
+        finally:
+            self._receiving -= size
+
 
 class _GuardedStream(StreamIterator[Any]):
-    """The part of a grpclib stream that handlers use, with bounds on what comes in and on how long sending takes."""
+    """The part of a grpclib stream that handlers use, with bounds on what comes in and on how long anything takes."""
 
-    def __init__(self, stream: Stream[Any, Any], handler: Handler, codec: StrictCodec) -> None:
+    def __init__(self, stream: Stream[Any, Any], handler: Handler, gate: Gate) -> None:
         self._inner = stream
         self._handler = handler
-        self._codec = codec
+        self._gate = gate
 
     async def recv_message(self) -> Any:
         """The next message, or None after the last.
 
         Raises:
-          OrcdError: INVALID_PARAMS, when it is too large, cut off or malformed.
+          OrcdError: INVALID_PARAMS, when it is too large, cut off or malformed. TIMEOUT, when it does not arrive.
         """
-        # grpclib believes the length in the prefix; so the prefix is read here, and refused before the body is.
-        source = self._inner._stream
+        seconds = self._gate._limits.request_s
         try:
-            prefix = await source.recv_data(_PREFIX.size)
-            if not prefix:
-                if self._handler.cardinality.client_streaming:
-                    return None
-                raise _malformed("the call holds no message")
-            compressed, size = _PREFIX.unpack(prefix)
-            if compressed:
-                raise GRPCError(Status.UNIMPLEMENTED, "compressed messages are not accepted: send them as they are")
-            if size > MAX_MESSAGE_BYTES:
-                raise _malformed(f"the message has {size} bytes; the limit is {MAX_MESSAGE_BYTES}")
-            data = await source.recv_data(size)
+            async with asyncio.timeout(seconds):
+                data = await self._receive()
+        except TimeoutError:
+            raise OrcdError(ErrorCode.TIMEOUT, f"no whole message arrived within {seconds:g} s") from None
         except AssertionError:  # grpclib's word for a stream that ended within a message
             raise _malformed("the message is cut off") from None
-        if len(data) != size:
-            raise _malformed("the message is cut off")
         try:
-            return self._codec.decode(data, self._handler.request_type)
+            return None if data is None else self._gate._codec.decode(data, self._handler.request_type)
         except MalformedMessage:
             raise _malformed("the message is not what this method takes: malformed protobuf") from None
+
+    async def _receive(self) -> bytes | None:
+        # grpclib believes the length in the prefix; so the prefix is read here, and refused before the body is.
+        source = self._inner._stream
+        prefix = await source.recv_data(_PREFIX.size)
+        if not prefix:
+            if self._handler.cardinality.client_streaming:
+                return None
+            raise _malformed("the call holds no message")
+        compressed, size = _PREFIX.unpack(prefix)
+        if compressed:
+            raise GRPCError(Status.UNIMPLEMENTED, "compressed messages are not accepted: send them as they are")
+        with self._gate.receiving(size):
+            data = await source.recv_data(size)
+        if len(data) != size:
+            raise _malformed("the message is cut off")
+        return data
 
     async def send_message(self, message: object) -> None:
         """Sends a message.
@@ -154,32 +229,24 @@ class _GuardedStream(StreamIterator[Any]):
         Raises:
           OrcdError: TIMEOUT, when the client does not read.
         """
+        seconds = self._gate._limits.send_s
         try:
-            async with asyncio.timeout(SEND_TIMEOUT_S):
+            async with asyncio.timeout(seconds):
                 await self._inner.send_message(message)
         except TimeoutError:
-            raise OrcdError(
-                ErrorCode.TIMEOUT, f"the client read nothing for {SEND_TIMEOUT_S:g} s; the call is over"
-            ) from None
+            raise OrcdError(ErrorCode.TIMEOUT, f"the client read nothing for {seconds:g} s; the call is over") from None
 
     async def send_trailing_metadata(self, *, status: Status) -> None:
         """Ends the call with a status."""
         await self._inner.send_trailing_metadata(status=status)
 
 
-def internal_error() -> OrcdError:
-    """All that a caller learns of a bug."""
-    return OrcdError(ErrorCode.INTERNAL, "internal error")
+def _streams(handler: Handler) -> bool:
+    return bool(handler.cardinality.server_streaming)
 
 
-def report_unexpected(error: Exception) -> None:
-    """Logs a bug: where, but not what, for an exception's own text may hold data."""
-    human = f"An internal error ({type(error).__name__}) ended a call: please report it with this line."
-    get_logger().error(EventCode.ERROR, human=human, code=ErrorCode.INTERNAL.value, where=where(error))
-
-
-def _authorization(stream: Stream[Any, Any]) -> Sequence[object]:
-    return [] if stream.metadata is None else stream.metadata.getall("authorization", [])
+def _metadata(stream: Stream[Any, Any], name: str) -> Sequence[object]:
+    return [] if stream.metadata is None else stream.metadata.getall(name, [])
 
 
 def _malformed(message: str) -> OrcdError:

@@ -3,86 +3,180 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import errno
+import socket
+import ssl
 from collections.abc import Callable
-from weakref import WeakSet
 
+from grpclib.events import SendInitialMetadata, SendTrailingMetadata, _DispatchServerEvents
 from grpclib.health.v1 import health_pb2
-from grpclib.protocol import H2Protocol
 from grpclib.reflection.service import ServerReflection
 from grpclib.reflection.v1 import reflection_pb2
-from grpclib.server import Server
 
-from orcd_jax.server import gate
-from orcd_jax.server.auth import Tokens
+from orcd_jax.server.admission import AuthOutcome
+from orcd_jax.server.auth import Access, Role, Tokens
+from orcd_jax.server.call import CORRELATION_ID, current_correlation_id
 from orcd_jax.server.codec import DetailsCodec, StrictCodec, load_pool
+from orcd_jax.server.connection import Calls, Connection
+from orcd_jax.server.gate import Gate
 from orcd_jax.server.grpc_service import ServedWorker, WorkerService
 from orcd_jax.server.health import health_service
+from orcd_jax.server.limits import Limits
+from orcd_jax.telemetry.log import EventCode, get_logger
+
+_BACKLOG = 128
+_OUT_OF_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
+_ACCEPT_PAUSE_S = 0.5
 
 
-class Connection(H2Protocol):
-    """One client's connection. Cut when its peer takes nothing off the socket for ``gate.SEND_TIMEOUT_S``.
+class GuardedServer:
+    """A gRPC server in which no path leads past the gate. Owns the listening socket and the connections."""
 
-    The gate bounds how long a message may wait for the client; this bounds everything else that is written, such as
-    the trailers that would tell it so.
-    """
-
-    _transport: asyncio.Transport
-    _stalled: asyncio.TimerHandle | None = None
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)  # noqa: S101 - what create_server gives; for the type checker
-        self._transport = transport
-        super().connection_made(transport)
-
-    def pause_writing(self) -> None:
-        super().pause_writing()
-        self._stalled = asyncio.get_running_loop().call_later(gate.SEND_TIMEOUT_S, self._transport.abort)
-
-    def resume_writing(self) -> None:
-        self._end_stall()
-        super().resume_writing()
-
-    def connection_lost(self, exc: BaseException | None) -> None:
-        self._end_stall()
-        super().connection_lost(exc)
-
-    def close(self) -> None:
-        """Ends the connection once what was written is sent."""
-        self._transport.close()
-
-    def _end_stall(self) -> None:
-        if self._stalled is not None:
-            self._stalled.cancel()
-            self._stalled = None
-
-
-class GuardedServer(Server):
-    """A grpclib server in which no path leads past the gate. Owns the listening socket and the connections."""
-
-    def __init__(self, worker: ServedWorker, tokens: Tokens, on_shutdown: Callable[[], None] | None) -> None:
-        """Serves ``worker`` to whoever has one of ``tokens``."""
-        codec = StrictCodec()
-        super().__init__([], codec=codec, status_details_codec=DetailsCodec())
+    def __init__(
+        self,
+        worker: ServedWorker,
+        access: Access,
+        *,
+        on_shutdown: Callable[[], None] | None,
+        tls: ssl.SSLContext | None,
+        limits: Limits,
+        on_auth: Callable[[AuthOutcome], None] | None,
+        open_ready: bool,
+    ) -> None:
+        """Serves ``worker`` to whoever ``access`` knows."""
+        self._codec, self._details_codec = StrictCodec(), DetailsCodec()
         service = WorkerService(worker, on_shutdown)
         health = health_service(worker.lifecycle, service)
         pool = load_pool(health_pb2.DESCRIPTOR.serialized_pb, reflection_pb2.DESCRIPTOR.serialized_pb)
         services = ServerReflection.extend([service, health], pool=pool)
-        # grpclib copies the handlers it is given into a plain dict; the gate also answers for paths that are not there.
-        self._mapping = gate.Gate(services, tokens, codec)
-        self._connections: WeakSet[Connection] = WeakSet()
+        self.gate = Gate(services, access, self._codec, limits=limits, open_ready=open_ready, on_auth=on_auth)
+        self._dispatch = _DispatchServerEvents()
+        for answer in (SendInitialMetadata, SendTrailingMetadata):
+            self._dispatch.add_listener(answer, _name_the_call)  # type: ignore[arg-type]  # it wants any event
+        self._tls, self._limits = tls, limits
+        self._connections: set[Connection] = set()
+        self._full = False
+        self._one_less = asyncio.Event()
+        self._welcoming: set[asyncio.Task[None]] = set()
+        self._listener: socket.socket | None = None
+        self._accepting: asyncio.Task[None] | None = None
 
-    def _protocol_factory(self) -> Connection:
-        made = super()._protocol_factory()
-        connection = Connection(made.handler, made.config, made.h2_config)
-        self._connections.add(connection)
-        return connection
+    @property
+    def port(self) -> int:
+        """The TCP port it listens at."""
+        if self._listener is None:
+            raise RuntimeError("the server does not listen")
+        port: int = self._listener.getsockname()[1]
+        return port
+
+    def listen(self, host: str, port: int) -> None:
+        """Begins to take connections.
+
+        Raises:
+          OSError: the address cannot be bound.
+        """
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._listener = socket.create_server((host, port), family=family, backlog=_BACKLOG)
+        self._listener.setblocking(False)
+        self._accepting = asyncio.get_running_loop().create_task(self._accept(self._listener))
+
+    async def drain(self, timeout_s: float) -> None:
+        """Takes no more calls and tells the clients so; returns when the last call ended, or after ``timeout_s``."""
+        self._stop_listening()
+        self.gate.end_watches()
+        for connection in list(self._connections):
+            connection.drain()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self.wait_closed()
 
     def close(self) -> None:
         """Takes no more connections, ends the calls and closes the connections."""
-        super().close()
-        # grpclib leaves them open; from Python 3.12 on, wait_closed() would wait for the clients to leave.
-        for connection in self._connections:
-            connection.close()
+        self._stop_listening()
+        for connection in list(self._connections):
+            connection.end(why="the worker ends")
+
+    async def wait_closed(self) -> None:
+        """Returns when the last connection and the last call ended."""
+        while self._connections:
+            self._one_less.clear()
+            await self._one_less.wait()
+
+    def _stop_listening(self) -> None:
+        if self._accepting is not None and self._listener is not None:
+            self._accepting.cancel()
+            asyncio.get_running_loop().remove_reader(self._listener)
+            self._listener.close()
+            self._accepting = None
+            for task in self._welcoming:
+                task.cancel()
+
+    async def _accept(self, listener: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                client, _ = await loop.sock_accept(listener)
+            except OSError as error:  # the client is gone already, or we have no room for it
+                if error.errno in _OUT_OF_RESOURCES:
+                    await asyncio.sleep(_ACCEPT_PAUSE_S)
+                continue
+            if len(self._connections) >= self._limits.connections:
+                self._turn_away(client)
+                continue
+            self._full = False
+            _tune(client, self._limits.keepalive_s)
+            calls = Calls(self.gate, self._codec, self._details_codec, self._dispatch)
+            connection = Connection(calls, self._limits, self._forget)
+            self._connections.add(connection)
+            task = loop.create_task(self._welcome(connection, client))
+            self._welcoming.add(task)
+            task.add_done_callback(self._welcoming.discard)
+
+    async def _welcome(self, connection: Connection, client: socket.socket) -> None:
+        """Hands a socket over to its connection, after the TLS handshake if there is to be one."""
+        handshake_s = None if self._tls is None else self._limits.handshake_s
+        close_s = None if self._tls is None else self._limits.close_s
+        try:
+            await asyncio.get_running_loop().connect_accepted_socket(
+                lambda: connection,
+                client,
+                ssl=self._tls,
+                ssl_handshake_timeout=handshake_s,
+                ssl_shutdown_timeout=close_s,
+            )
+        except OSError:  # it did not speak TLS, had no certificate that we trust, or left
+            self._forget(connection)
+        except asyncio.CancelledError:
+            self._forget(connection)
+            raise
+
+    def _turn_away(self, client: socket.socket) -> None:
+        """Closes a connection that is one too many, without a word: a client that got one would come back at once."""
+        client.close()
+        if not self._full:
+            self._full = True
+            human = f"{len(self._connections)} connections are open, as many as may be: others are turned away."
+            get_logger().warning(EventCode.REQUEST, human=human)
+
+    def _forget(self, connection: Connection) -> None:
+        self._connections.discard(connection)
+        self._one_less.set()
+
+
+def _tune(sock: socket.socket, seconds: int) -> None:
+    """Sends a token when there is one; and lets the kernel find out that the other end is gone without a word."""
+    with contextlib.suppress(OSError):  # the other end may be gone already
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name in ("TCP_KEEPIDLE", "TCP_KEEPINTVL"):
+            if hasattr(socket, name):  # not on every system
+                sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), seconds)
+
+
+async def _name_the_call(event: SendInitialMetadata | SendTrailingMetadata) -> None:
+    """Tells the client under which name the logs know its call."""
+    event.metadata[CORRELATION_ID] = current_correlation_id()
 
 
 async def start_server(
@@ -90,8 +184,12 @@ async def start_server(
     *,
     host: str,
     port: int,
-    tokens: Tokens,
+    tokens: Access | Tokens,
     on_shutdown: Callable[[], None] | None = None,
+    tls: ssl.SSLContext | None = None,
+    limits: Limits | None = None,
+    on_auth: Callable[[AuthOutcome], None] | None = None,
+    open_ready: bool = False,
 ) -> GuardedServer:
     """Starts to listen.
 
@@ -99,15 +197,27 @@ async def start_server(
       worker: what is served; it may still be loading.
       host: IP address to listen at.
       port: TCP port; 0 takes a free one.
-      tokens: open every method but health checks.
+      tokens: what opens which methods; where there are tokens of one role only, it is execute.
       on_shutdown: called by the RPC Shutdown; without it that RPC is UNIMPLEMENTED.
+      tls: from ``tls.server_context``; without it traffic is not encrypted.
+      limits: what clients may take.
+      on_auth: called with the outcome of every authentication, on the event loop.
+      open_ready: whether Ready needs no token.
 
     Returns:
-      The server: ``close()`` takes no more connections and ends the calls, ``await wait_closed()`` sees them out.
+      The server: ``await drain()`` lets calls finish, ``close()`` ends them, ``await wait_closed()`` sees them out.
 
     Raises:
       OSError: the address cannot be bound.
     """
-    server = GuardedServer(worker, tokens, on_shutdown)
-    await server.start(host, port)
+    server = GuardedServer(
+        worker,
+        tokens if isinstance(tokens, Access) else Access({Role.EXECUTE: tokens}),
+        on_shutdown=on_shutdown,
+        tls=tls,
+        limits=limits or Limits(),
+        on_auth=on_auth,
+        open_ready=open_ready,
+    )
+    server.listen(host, port)
     return server

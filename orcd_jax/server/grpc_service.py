@@ -15,8 +15,20 @@ from orcd_jax.engine.request import Ended, Failed
 from orcd_jax.errors import ErrorCode, OrcdError
 from orcd_jax.server import translate, validation
 from orcd_jax.server.gate import current_call, internal_error, report_unexpected
+from orcd_jax.server.status import error_detail
 from orcd_jax.worker.lifecycle import Lifecycle, State
-from orcd_jax.worker.types import ExecuteParams, ReadyInfo, Started, StatusInfo, WorkerEvent
+from orcd_jax.worker.types import (
+    AttestInfo,
+    CommitEvent,
+    CommitParams,
+    ExecuteParams,
+    PlanInfo,
+    PlanParams,
+    ReadyInfo,
+    Started,
+    StatusInfo,
+    WorkerEvent,
+)
 
 
 class ServedWorker(Protocol):
@@ -24,6 +36,18 @@ class ServedWorker(Protocol):
 
     config: WorkerConfig
     lifecycle: Lifecycle
+
+    async def plan(self, params: PlanParams) -> PlanInfo:
+        """Whether a model would load here."""
+        ...
+
+    def commit(self, params: CommitParams) -> AsyncIterator[CommitEvent]:
+        """Loads a model and seals it: progress, then the handle. Raises OrcdError."""
+        ...
+
+    async def attest(self, nonce: bytes, handle_id: str) -> AttestInfo:
+        """Proves the weights anew and signs it."""
+        ...
 
     def execute(self, params: ExecuteParams, owner: str) -> AsyncIterator[WorkerEvent]:
         """Runs one job; closing the generator cancels it. Raises OrcdError before the first event when refused."""
@@ -69,12 +93,22 @@ class WorkerService(v1.WorkerBase):
                 await stream.send_message(response)
 
     async def plan(self, message: v1.PlanRequest) -> v1.PlanResponse:
-        """Not there yet."""
-        _later("Plan", "this worker loads the model it was started with")
+        """Whether a model would load here, what it would take, and every reason why not."""
+        return translate.plan_response(await self._worker.plan(translate.plan_params(message)))
 
-    def commit(self, message: v1.CommitRequest) -> AsyncIterator[v1.CommitEvent]:
-        """Not there yet."""
-        _later("Commit", "this worker loads the model it was started with")
+    async def commit(self, message: v1.CommitRequest) -> AsyncIterator[v1.CommitEvent]:
+        """Loads a model and seals it. A failure is an event, and the status."""
+        load = cast("AsyncGenerator[CommitEvent, None]", self._worker.commit(translate.commit_params(message)))
+        async with aclosing(load) as events:
+            try:
+                async for event in events:
+                    yield translate.commit_event(event)
+            except Exception as error:
+                if not isinstance(error, OrcdError):
+                    report_unexpected(error)
+                    error = internal_error()
+                yield v1.CommitEvent(error=error_detail(error))
+                raise error from None
 
     async def ready(self, message: v1.ReadyRequest) -> v1.ReadyResponse:
         """Whether jobs are taken, on what, and what could run here."""
@@ -83,7 +117,7 @@ class WorkerService(v1.WorkerBase):
     async def execute(self, message: v1.ExecuteRequest) -> AsyncIterator[v1.ExecuteEvent]:
         """Runs one job. A failure after the first event is an event and the status."""
         call = current_call()
-        params = translate.execute_params(message, self._worker.config, call.remaining_ms())
+        params = translate.execute_params(message, self._worker.config, call.remaining_ms(), call.traceparent)
         seed: int | None = None
         job = cast("AsyncGenerator[WorkerEvent, None]", self._worker.execute(params, call.owner(params.tenant)))
         async with aclosing(job) as events:
@@ -113,8 +147,10 @@ class WorkerService(v1.WorkerBase):
         return v1.CancelResponse()
 
     async def attest(self, message: v1.AttestRequest) -> v1.AttestResponse:
-        """Not there yet."""
-        _later("Attest", "Ready gives the digest taken after loading")
+        """Proves the weights anew and signs it together with the caller's nonce."""
+        nonce = validation.nonce("nonce", message.nonce)
+        handle_id = validation.optional_identifier("handle_id", message.handle_id)
+        return translate.attest_response(await self._worker.attest(nonce, handle_id))
 
     async def get_receipt(self, message: v1.GetReceiptRequest) -> v1.GetReceiptResponse:
         """Not there yet."""

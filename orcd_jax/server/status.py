@@ -10,8 +10,10 @@ from grpclib.exceptions import GRPCError
 
 from orcd_jax.api.google import rpc
 from orcd_jax.api.orcd.worker import v1
-from orcd_jax.errors import OrcdError
+from orcd_jax.errors import ErrorCode, OrcdError
+from orcd_jax.server.call import current_correlation_id
 from orcd_jax.server.codec import PACKAGE
+from orcd_jax.telemetry.log import EventCode, get_logger, where
 
 
 def error_detail(error: OrcdError) -> v1.ErrorDetail:
@@ -22,6 +24,9 @@ def error_detail(error: OrcdError) -> v1.ErrorDetail:
         retriable=error.spec.retriable,
         retry_after_ms=error.retry_after_ms,
         field=error.field or "",
+        correlation_id=current_correlation_id(),
+        needed_bytes=error.needed_bytes,
+        available_bytes=error.available_bytes,
     )
 
 
@@ -34,3 +39,14 @@ def grpc_error(error: OrcdError) -> GRPCError:
     if error.retry_after_ms is not None:
         details.append(rpc.RetryInfo(retry_delay=datetime.timedelta(milliseconds=error.retry_after_ms)))
     return GRPCError(Status[error.spec.grpc], error.message, details)
+
+
+def internal_error() -> OrcdError:
+    """All that a caller learns of a bug."""
+    return OrcdError(ErrorCode.INTERNAL, "internal error")
+
+
+def report_unexpected(error: Exception) -> None:
+    """Logs a bug: where, but not what, for an exception's own text may hold data."""
+    human = f"An internal error ({type(error).__name__}) ended a call: please report it with this line."
+    get_logger().error(EventCode.ERROR, human=human, code=ErrorCode.INTERNAL.value, where=where(error))

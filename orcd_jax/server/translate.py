@@ -7,31 +7,42 @@ from typing import assert_never
 import betterproto2
 
 from orcd_jax.api.orcd.worker import v1
+from orcd_jax.checkpoint.manifest import ModelCapabilities
+from orcd_jax.checkpoint.progress import Progress
 from orcd_jax.config import WorkerConfig
 from orcd_jax.engine.request import Ended, Failed, Tokens
 from orcd_jax.server import validation
 from orcd_jax.server.status import error_detail
 from orcd_jax.worker.types import (
+    AttestInfo,
     ChatMessage,
     ChatPrompt,
+    CommitEvent,
+    CommitParams,
     EngineCapabilities,
     ExecuteParams,
     Handle,
     Metrics,
+    PlanInfo,
+    PlanParams,
     ReadyInfo,
+    ShardLayout,
     Started,
     StatusInfo,
     WorkerEvent,
 )
 
 
-def execute_params(request: v1.ExecuteRequest, config: WorkerConfig, call_timeout_ms: int | None) -> ExecuteParams:
+def execute_params(
+    request: v1.ExecuteRequest, config: WorkerConfig, call_timeout_ms: int | None, traceparent: str = ""
+) -> ExecuteParams:
     """A job as the worker understands it.
 
     Args:
       request: what was asked.
       config: holds the limits.
       call_timeout_ms: what is left of the call's own deadline, if it has one.
+      traceparent: the call's trace context, from its metadata.
 
     Raises:
       OrcdError: INVALID_PARAMS, naming the first field that breaks a rule or is not supported.
@@ -42,6 +53,7 @@ def execute_params(request: v1.ExecuteRequest, config: WorkerConfig, call_timeou
         job_id=validation.identifier("job_id", request.job_id),
         handle_id=validation.optional_identifier("handle_id", request.handle_id) or None,
         tenant=validation.optional_identifier("tenant", request.tenant),
+        traceparent=traceparent,
         prompt=_prompt(request, config.max_prompt_chars),
         max_tokens=validation.integer("max_tokens", request.max_tokens, least=1, most=config.max_tokens),
         temperature=validation.number("temperature", request.temperature or 0.0, least=0.0, most=2.0),
@@ -148,6 +160,137 @@ def ready_response(info: ReadyInfo) -> v1.ReadyResponse:
         handles=[_handle(handle) for handle in info.handles],
         capabilities=_capabilities(info.capabilities),
         last_digest_age_ms=info.last_digest_age_ms,
+        identity_public_key=info.identity_public_key,
+    )
+
+
+def plan_params(request: v1.PlanRequest) -> PlanParams:
+    """What Plan is asked.
+
+    Raises:
+      OrcdError: INVALID_PARAMS, naming the first field that breaks a rule.
+    """
+    return _plan_params(request, layout=request.shard_layout, tp_degree=request.tp_degree)
+
+
+def _plan_params(
+    request: v1.PlanRequest | v1.CommitRequest, *, layout: v1.ShardLayout, tp_degree: int | None
+) -> PlanParams:
+    layouts: dict[v1.ShardLayout, ShardLayout] = {
+        v1.ShardLayout.UNSPECIFIED: "single",
+        v1.ShardLayout.SINGLE: "single",
+        v1.ShardLayout.TENSOR_PARALLEL: "tensor_parallel",
+    }
+    if layout not in layouts:
+        raise validation.refusal("shard_layout", "it is not known here; give single or tensor_parallel")
+    sizes = {"max_context": request.max_context, "slots": request.slots}
+    for field, value in sizes.items():
+        if value is not None:
+            validation.integer(field, value, least=1, most=2**31 - 1)
+    return PlanParams(
+        model_ref=validation.optional_model_ref("model_ref", request.model_ref),
+        layout=layouts[layout],
+        tp_degree=validation.integer("tp_degree", 1 if tp_degree is None else tp_degree, least=1, most=1024),
+        **sizes,
+    )
+
+
+def commit_params(request: v1.CommitRequest) -> CommitParams:
+    """What Commit is asked.
+
+    Raises:
+      OrcdError: INVALID_PARAMS, naming the first field that breaks a rule.
+    """
+    shards = 1 if request.total_shards is None else request.total_shards
+    total_shards = validation.integer("total_shards", shards, least=1, most=1024)
+    return CommitParams(
+        plan=_plan_params(request, layout=request.shard_layout, tp_degree=total_shards),
+        shard_id=validation.optional_identifier("shard_id", request.shard_id),
+        shard_index=validation.integer("shard_index", request.shard_index, least=0, most=total_shards - 1),
+        total_shards=total_shards,
+        expected_digest=validation.optional_digest("expected_digest", request.expected_digest),
+        signature=request.signature,
+    )
+
+
+def plan_response(info: PlanInfo) -> v1.PlanResponse:
+    """The answer to Plan."""
+    memory = info.memory
+    required, available, foreign = None, 0, 0
+    if memory is not None:
+        available, foreign = memory.available_bytes, memory.foreign_bytes
+        required = v1.VramPlan(
+            weights_bytes=memory.weights_bytes,
+            kv_bytes=memory.kv_bytes,
+            workspace_bytes=memory.workspace_bytes,
+            headroom_bytes=memory.headroom_bytes,
+            total_bytes=memory.total_bytes,
+            reserve_bytes=memory.reserve_bytes,
+            workspace_source=v1.WorkspaceSource[memory.workspace.upper()],
+        )
+    shard = v1.ShardPlan(
+        shard_index=0,
+        device_index=info.device_index,
+        device_uuid=info.device_uuid,
+        vram_required=required,
+        vram_available_bytes=available,
+        vram_foreign_bytes=foreign,
+    )
+    return v1.PlanResponse(
+        feasible=info.feasible,
+        vram_required=required,
+        vram_available_bytes=available,
+        shards=[] if memory is None else [shard],
+        reasons=[error_detail(reason) for reason in info.reasons],
+        model=None if info.model is None else _model(info.model),
+        suggestions=[]
+        if memory is None
+        else [v1.Suggestion(flag=one.flag, value=str(one.value)) for one in memory.suggestions],
+        max_context=info.max_context,
+        slots=info.slots,
+    )
+
+
+def _model(model: ModelCapabilities) -> v1.ModelCapabilityDescriptor:
+    return v1.ModelCapabilityDescriptor(
+        model_id=model.model_id,
+        architecture=model.architecture,
+        positional=model.positional,
+        attention=model.attention,
+        quant=model.quant,
+        context_max=model.context_max,
+        vocab_size=model.vocab_size,
+        tokenizer=model.tokenizer,
+    )
+
+
+def commit_event(event: CommitEvent) -> v1.CommitEvent:
+    """One event of a load."""
+    match event:
+        case Progress():
+            progress = v1.CommitProgress(
+                stage=event.stage, done_bytes=event.done, total_bytes=event.total, progress_percent=event.percent
+            )
+            return v1.CommitEvent(progress=progress)
+        case Handle():
+            return v1.CommitEvent(committed=_handle(event))
+        case _:
+            assert_never(event)
+
+
+def attest_response(info: AttestInfo) -> v1.AttestResponse:
+    """The answer to Attest."""
+    return v1.AttestResponse(
+        handle=_handle(info.handle),
+        digest=info.digest,
+        digest_began_at_ms=info.digest_began_at_ms,
+        digest_ended_at_ms=info.digest_ended_at_ms,
+        nonce=info.nonce,
+        executable_fingerprint=info.executable_fingerprint,
+        signature=info.signature,
+        identity_public_key=info.public_key,
+        worker_id=info.worker_id,
+        pool_id=info.pool_id,
     )
 
 
@@ -207,4 +350,11 @@ def status_response(info: StatusInfo) -> v1.GetStatusResponse:
         compute_capability=info.compute_capability,
         load_stage=info.load_stage,
         load_percent=info.load_percent,
+        cuda_version=info.cuda_version,
+        driver_version=info.driver_version,
+        seal_age_ms=info.seal_age_ms,
+        detection_bound_ms=info.detection_bound_ms,
+        metrics_port=info.metrics_port,
+        audit_seq=info.audit_seq,
+        audit_hash=info.audit_hash,
     )

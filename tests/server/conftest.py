@@ -30,12 +30,20 @@ def peer(served: Served) -> Iterator[Peer]:
 
 
 @pytest.fixture
-def log_lines() -> Iterator[Callable[[], list[dict[str, object]]]]:
-    """What was logged so far. Puts the log back afterwards."""
+def all_log_lines() -> Iterator[Callable[[], list[dict[str, object]]]]:
+    """What was logged so far, at any level. Puts the log back afterwards."""
     root = logging.getLogger()
     handlers, level = root.handlers, root.level
     stream = io.StringIO()
-    log.configure(worker_id="w1", pool_id="p1", stream=stream)
+    log.configure(worker_id="w1", pool_id="p1", level="debug", stream=stream)
     yield lambda: [json.loads(line) for line in stream.getvalue().splitlines()]
     structlog.reset_defaults()
     root.handlers, root.level = handlers, level
+
+
+@pytest.fixture
+def log_lines(
+    all_log_lines: Callable[[], list[dict[str, object]]],
+) -> Callable[[], list[dict[str, object]]]:
+    """What was logged so far, but for the line that every call with a token leaves."""
+    return lambda: [line for line in all_log_lines() if line["event"] != "request"]

@@ -9,18 +9,26 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequen
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
+from orcd_jax.checkpoint.progress import Progress
 from orcd_jax.config import WorkerConfig
 from orcd_jax.engine.request import Ended, FinishReason, Tokens
+from orcd_jax.errors import ErrorCode, OrcdError
 from orcd_jax.server import auth
+from orcd_jax.server.auth import Access, Role
 from orcd_jax.server.grpc_server import GuardedServer, start_server
 from orcd_jax.worker.lifecycle import Lifecycle, State
 from orcd_jax.worker.types import (
+    AttestInfo,
+    CommitEvent,
+    CommitParams,
     EngineCapabilities,
     ExecuteParams,
     Handle,
     Metrics,
+    PlanInfo,
+    PlanParams,
     ReadyInfo,
     Started,
     StatusInfo,
@@ -29,6 +37,7 @@ from orcd_jax.worker.types import (
 
 TOKEN = "t" * 32
 OTHER_TOKEN = "o" * 32
+CONTROL_TOKEN = "c" * 32
 WAIT_S = 10.0  # for what happens at once; only a failing test waits that long
 
 Result = TypeVar("Result")
@@ -93,7 +102,24 @@ STATUS = StatusInfo(
     compute_capability="9.0",
     load_stage="compile",
     load_percent=14,
+    cuda_version="",
+    driver_version="",
+    seal_age_ms=17,
+    detection_bound_ms=18,
+    metrics_port=19,
+    audit_seq=20,
+    audit_hash="a" * 64,
 )
+PLAN = PlanInfo(
+    memory=None,
+    reasons=(OrcdError(ErrorCode.NOT_FOUND, "there is no such model", field="model_ref"),),
+    model=None,
+    max_context=6,
+    slots=9,
+    device_index=1,
+    device_uuid="GPU-1",
+)
+COMMITTED: tuple[CommitEvent, ...] = (Progress("digest", 1, 2), HANDLE)
 STARTED = Started(job_id="job", model="tiny", started_at_ms=1_700_000_000_000, seed=2**64 - 1)
 ENDED = Ended(
     finish_reason=FinishReason.STOP, tokens_in=3, tokens_out=4, decode_time_ms=5.5, time_to_first_token_ms=6.5
@@ -155,6 +181,9 @@ class FakeWorker:
         self.config = CONFIG
         self.lifecycle = Lifecycle()
         self.script: Script = play(*STORY)
+        self.planned: list[PlanParams] = []
+        self.committed: list[CommitParams] = []
+        self.attested: list[tuple[bytes, str]] = []
         self.executed: list[tuple[ExecuteParams, str]] = []
         self.cancelled: list[tuple[str, str]] = []
         self.tokenized: list[tuple[str, bool]] = []
@@ -165,6 +194,30 @@ class FakeWorker:
         self.question_error: Exception | None = None
         self.running = threading.Event()
         self.closed = threading.Event()
+
+    async def plan(self, params: PlanParams) -> PlanInfo:
+        self.planned.append(params)
+        return PLAN
+
+    async def commit(self, params: CommitParams) -> AsyncIterator[CommitEvent]:
+        self.committed.append(params)
+        for event in COMMITTED:
+            yield event
+
+    async def attest(self, nonce: bytes, handle_id: str) -> AttestInfo:
+        self.attested.append((nonce, handle_id))
+        return AttestInfo(
+            worker_id="w1",
+            pool_id="p1",
+            handle=HANDLE,
+            digest=HANDLE.digest,
+            digest_began_at_ms=1,
+            digest_ended_at_ms=2,
+            nonce=nonce,
+            executable_fingerprint="f" * 64,
+            signature=b"s" * 64,
+            public_key=b"k" * 32,
+        )
 
     async def execute(self, params: ExecuteParams, owner: str) -> AsyncIterator[WorkerEvent]:
         self.executed.append((params, owner))
@@ -194,7 +247,12 @@ class FakeWorker:
         if self.question_error is not None:
             raise self.question_error
         return ReadyInfo(
-            ready=True, state="EXECUTING", handles=(HANDLE,), capabilities=CAPABILITIES, last_digest_age_ms=15
+            ready=True,
+            state="EXECUTING",
+            handles=(HANDLE,),
+            capabilities=CAPABILITIES,
+            last_digest_age_ms=15,
+            identity_public_key=b"k" * 32,
         )
 
     def status(self) -> StatusInfo:
@@ -208,8 +266,9 @@ class FakeWorker:
     @property
     def calls(self) -> int:
         """How often anything was asked of it that costs something."""
+        models = len(self.planned) + len(self.committed) + len(self.attested)
         jobs = len(self.executed) + len(self.cancelled)
-        return jobs + len(self.tokenized) + len(self.detokenized) + len(self.drained)
+        return models + jobs + len(self.tokenized) + len(self.detokenized) + len(self.drained)
 
 
 @dataclass(slots=True)
@@ -248,9 +307,22 @@ class Served:
             self.on_loop(lambda to=state: self.worker.lifecycle.move(to))  # type: ignore[misc]
 
 
+def everybody() -> Access:
+    """The tokens above, in their roles."""
+    return Access({Role.EXECUTE: auth.Tokens([TOKEN, OTHER_TOKEN]), Role.CONTROL: auth.Tokens([CONTROL_TOKEN])})
+
+
 @contextlib.contextmanager
-def serving(*, with_shutdown: bool = True) -> Iterator[Served]:
-    """A server over a fake worker, in a thread of its own, so that any client can be used, blocking ones too."""
+def serving(
+    *, with_shutdown: bool = True, access: Access | auth.Tokens | None = None, **options: Any
+) -> Iterator[Served]:
+    """A server over a fake worker, in a thread of its own, so that any client can be used, blocking ones too.
+
+    Args:
+      with_shutdown: whether the RPC Shutdown has somebody to ask.
+      access: who has which role; without it the tokens above.
+      options: of ``start_server``.
+    """
     up, found = threading.Event(), list[Served]()
     stop = asyncio.Event()
 
@@ -260,12 +332,11 @@ def serving(*, with_shutdown: bool = True) -> Iterator[Served]:
             worker,
             host="127.0.0.1",
             port=0,
-            tokens=auth.Tokens([TOKEN, OTHER_TOKEN]),
+            tokens=access or everybody(),
             on_shutdown=shutdown.set if with_shutdown else None,
+            **options,
         )
-        assert server._server is not None
-        port = server._server.sockets[0].getsockname()[1]  # type: ignore[attr-defined]
-        found.append(Served(port, worker, server, asyncio.get_running_loop(), shutdown))
+        found.append(Served(server.port, worker, server, asyncio.get_running_loop(), shutdown))
         up.set()
         await stop.wait()
         server.close()

@@ -13,9 +13,11 @@ from google.protobuf import (  # type: ignore[import-untyped]  # it ships none
 )
 
 from orcd_jax.api.descriptors import FILE_DESCRIPTOR_SET
-from tests.server.fake_worker import TOKEN, WAIT_S
+from tests.server.fake_worker import CONTROL_TOKEN, TOKEN, WAIT_S
 
 PACKAGE = "orcd.worker.v1"
+
+CONTROL_METHODS = frozenset({"Plan", "Commit", "Attest", "GetStatus", "Drain", "Shutdown"})
 
 Metadata = Sequence[tuple[str, str]]
 
@@ -55,6 +57,11 @@ def bearer(token: str = TOKEN) -> Metadata:
     return (("authorization", f"Bearer {token}"),)
 
 
+def bearer_for(method: str) -> Metadata:
+    """The metadata that carries a token of the method's role."""
+    return bearer(CONTROL_TOKEN if method in CONTROL_METHODS else TOKEN)
+
+
 def enum_name(value: Any, field: str) -> str:
     """Name of the value that an enum field has."""
     return str(value.DESCRIPTOR.fields_by_name[field].enum_type.values_by_number[getattr(value, field)].name)
@@ -83,8 +90,13 @@ def error_detail(error: grpc.RpcError) -> Any:
 class Peer:
     """A channel to the server, and calls over it."""
 
-    def __init__(self, port: int) -> None:
-        self.channel = grpc.insecure_channel(f"127.0.0.1:{port}")
+    def __init__(self, port: int, credentials: grpc.ChannelCredentials | None = None) -> None:
+        # Not one of another test's: a library shares connections among channels that are configured alike.
+        options = [("grpc.use_local_subchannel_pool", 1)]
+        if credentials is None:
+            self.channel = grpc.insecure_channel(f"127.0.0.1:{port}", options)
+        else:
+            self.channel = grpc.secure_channel(f"localhost:{port}", credentials, options)
 
     def __enter__(self) -> Self:
         return self
@@ -104,7 +116,7 @@ class Peer:
             response_deserializer=message_factory.GetMessageClass(of.output_type).FromString,
         )
         given = message(of.input_type.full_name) if request is None else request
-        return call(given, metadata=bearer() if metadata is None else metadata, timeout=timeout)
+        return call(given, metadata=bearer_for(method) if metadata is None else metadata, timeout=timeout)
 
     def stream(
         self, method: str, request: Any = None, *, metadata: Metadata | None = None, timeout: float | None = WAIT_S
@@ -118,7 +130,7 @@ class Peer:
             response_deserializer=message_factory.GetMessageClass(of.output_type).FromString,
         )
         given = message(of.input_type.full_name) if request is None else request
-        return call(given, metadata=bearer() if metadata is None else metadata, timeout=timeout)
+        return call(given, metadata=bearer_for(method) if metadata is None else metadata, timeout=timeout)
 
     def execute(self, *, metadata: Metadata | None = None, timeout: float | None = WAIT_S, **fields: Any) -> Any:
         """Begins a job: a valid one, but for ``fields``."""

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import grpc
 import pytest
 
-from tests.server.fake_worker import OTHER_TOKEN, TOKEN, WAIT_S, Served
+from orcd_jax.server.limits import Limits
+from tests.server.fake_worker import OTHER_TOKEN, TOKEN, WAIT_S, Served, serving
 from tests.server.peer import SERVICE, Metadata, Peer, bearer, details, enum_name, outcome
+
+NAMED = ("x-correlation-id", "of-this-test")
 
 METHODS = [f"/{SERVICE.full_name}/{method.name}" for method in SERVICE.methods]
 CLOSED = [
@@ -36,6 +41,13 @@ REFUSED: dict[str, Metadata] = {
 }
 
 
+@pytest.fixture
+def served() -> Iterator[Served]:
+    """A server that does not count failures, unless a million come."""
+    with serving(limits=Limits(auth_failures=1e6)) as started:
+        yield started
+
+
 @pytest.mark.requirement("WORKER-4200")
 @pytest.mark.requirement("WORKER-4203")
 @pytest.mark.parametrize("metadata", REFUSED.values(), ids=REFUSED.keys())
@@ -49,7 +61,7 @@ def test_every_method_there_is_or_not_refuses_a_call_without_a_valid_token(
 
 
 def test_the_refusal_tells_what_to_send_and_not_what_was_wrong(peer: Peer) -> None:
-    errors = [peer.refusal_of(METHODS[0], metadata=metadata) for metadata in REFUSED.values()]
+    errors = [peer.refusal_of(METHODS[0], metadata=(*metadata, NAMED)) for metadata in REFUSED.values()]
     assert len({(error.details(), tuple(error.trailing_metadata())) for error in errors}) == 1
     assert "authorization: Bearer" in errors[0].details()
     assert enum_name(details(errors[0])["orcd.worker.v1.ErrorDetail"], "code") == "ERROR_CODE_AUTH_FAILED"
@@ -88,10 +100,3 @@ def test_health_is_checked_and_watched_without_a_token(peer: Peer) -> None:
 )
 def test_with_a_token_an_unknown_method_is_unimplemented(peer: Peer, path: str) -> None:
     assert peer.refusal_of(path, metadata=bearer()).code() is grpc.StatusCode.UNIMPLEMENTED
-
-
-@pytest.mark.parametrize("method", ["Plan", "Commit", "Attest", "GetReceipt"])
-def test_a_method_that_is_not_there_yet_is_unimplemented_and_says_what_to_do_instead(peer: Peer, method: str) -> None:
-    error = peer.refusal_of(f"/{SERVICE.full_name}/{method}", metadata=bearer())
-    assert error.code() is grpc.StatusCode.UNIMPLEMENTED
-    assert error.details().startswith(f"{method} is not implemented in this version: ")

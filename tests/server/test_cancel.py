@@ -28,6 +28,7 @@ def cancel_request(job_id: str = "job", tenant: str = "") -> object:
 
 
 @pytest.mark.requirement("WORKER-4250")
+@pytest.mark.requirement("WORKER-4251")
 def test_the_answer_is_the_same_for_an_own_a_foreign_and_an_unknown_job(served: Served, peer: Peer) -> None:
     served.worker.script = hang_after(STARTED)
     job = peer.execute(tenant="acme")
@@ -159,6 +160,7 @@ def test_a_job_that_fails_while_it_is_closed_leaves_the_server_well(served: Serv
 
 
 @pytest.mark.requirement("WORKER-4240")
+@pytest.mark.requirement("WORKER-4242")
 def test_the_calls_own_deadline_ends_the_job(served: Served) -> None:
     served.worker.script = hang_after(STARTED)
     with Raw(served.port) as raw:
@@ -180,6 +182,7 @@ def test_a_deadline_that_passes_is_deadline_exceeded_for_the_official_client(ser
 
 
 @pytest.mark.requirement("WORKER-4240")
+@pytest.mark.requirement("WORKER-4242")
 @pytest.mark.parametrize(
     ("call_s", "field_ms", "least", "most"),
     [

@@ -9,7 +9,7 @@ import pytest
 
 from orcd_jax.worker.lifecycle import State
 from tests.server.fake_worker import STARTED, STATUS, WAIT_S, Served, hang_after, serving
-from tests.server.peer import Peer, error_detail, message
+from tests.server.peer import Peer, bearer_for, error_detail, message
 
 MOST_MS = 20_000  # as the fake worker is configured
 
@@ -47,7 +47,7 @@ def test_a_drain_answers_when_it_is_over_with_the_jobs_that_are_left(served: Ser
 def test_the_worker_answers_others_while_it_drains(served: Served, peer: Peer) -> None:
     served.move(State.LOADING, State.READY)
     draining = peer.channel.unary_unary("/orcd.worker.v1.Worker/Drain").future(
-        b"", metadata=(("authorization", "Bearer " + "t" * 32),), timeout=WAIT_S
+        b"", metadata=bearer_for("Drain"), timeout=WAIT_S
     )
     health = peer.channel.unary_stream("/grpc.health.v1.Health/Watch")(b"", timeout=WAIT_S)
     for answer in health:

@@ -28,6 +28,7 @@ def test_the_contract_and_the_table_have_the_same_codes_without_gaps() -> None:
 
 
 @pytest.mark.requirement("WORKER-4950")
+@pytest.mark.requirement("WORKER-4951")
 @pytest.mark.parametrize("code", ErrorCode)
 def test_a_code_arrives_as_its_documented_status_and_under_its_name(
     served: Served, peer: Peer, code: ErrorCode

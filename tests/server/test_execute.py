@@ -26,6 +26,7 @@ def test_a_job_streams_started_tokens_metrics_and_one_end(peer: Peer) -> None:
     assert [event.WhichOneof("event") for event in events] == ["started", "token", "metrics", "token", "end"]
 
 
+@pytest.mark.requirement("WORKER-4247")
 def test_started_carries_every_field(served: Served, peer: Peer) -> None:
     served.worker.script = play(STARTED, ENDED)
     (started, _), _ = outcome(peer.execute())
@@ -38,6 +39,7 @@ def test_started_carries_every_field(served: Served, peer: Peer) -> None:
     }
 
 
+@pytest.mark.requirement("WORKER-4243")
 def test_tokens_carry_text_index_and_ids(peer: Peer) -> None:
     events, _ = outcome(peer.execute())
     tokens = [as_json(event.token) for event in events if event.WhichOneof("event") == "token"]
@@ -47,11 +49,14 @@ def test_tokens_carry_text_index_and_ids(peer: Peer) -> None:
     ]
 
 
+@pytest.mark.requirement("WORKER-4244")
 def test_metrics_carry_every_field(peer: Peer) -> None:
     events, _ = outcome(peer.execute())
     assert as_json(events[2].metrics) == {"tokens_out": 2, "decode_time_ms": 1.5, "vram_bytes": 99}
 
 
+@pytest.mark.requirement("WORKER-4246")
+@pytest.mark.requirement("WORKER-4247")
 def test_the_end_carries_every_field_and_the_seed_of_the_job(peer: Peer) -> None:
     events, _ = outcome(peer.execute())
     end = events[-1].end
@@ -69,6 +74,7 @@ def test_the_end_carries_every_field_and_the_seed_of_the_job(peer: Peer) -> None
     }
 
 
+@pytest.mark.requirement("WORKER-4246")
 @pytest.mark.parametrize("reason", FinishReason)
 def test_every_finish_reason_has_its_name_on_the_wire(served: Served, peer: Peer, reason: FinishReason) -> None:
     end = Ended(finish_reason=reason, tokens_in=1, tokens_out=1, decode_time_ms=1, time_to_first_token_ms=1)
@@ -77,6 +83,7 @@ def test_every_finish_reason_has_its_name_on_the_wire(served: Served, peer: Peer
     assert enum_name(events[-1].end, "finish_reason") == f"FINISH_REASON_{reason.name}"
 
 
+@pytest.mark.requirement("WORKER-4243")
 def test_text_beyond_ascii_and_an_empty_text_arrive_as_they_are(served: Served, peer: Peer) -> None:
     served.worker.script = play(STARTED, Tokens(0, (5,), "é\U0001f600"), Tokens(1, (6,), ""), ENDED)
     events, _ = outcome(peer.execute())
@@ -90,6 +97,7 @@ def test_an_event_larger_than_the_flow_control_window_arrives_whole(served: Serv
     assert len(events[1].token.text) == 3_000_000
 
 
+@pytest.mark.requirement("WORKER-4250")
 def test_the_job_belongs_to_the_token_and_the_tenant(served: Served, peer: Peer) -> None:
     outcome(peer.execute(tenant="acme"))
     ((params, owner),) = served.worker.executed
@@ -105,6 +113,7 @@ def test_the_workers_generator_is_closed_when_the_job_is_over(served: Served, pe
 
 
 @pytest.mark.requirement("WORKER-4240")
+@pytest.mark.requirement("WORKER-4245")
 def test_a_job_refused_before_it_started_gets_no_event_only_the_status(served: Served, peer: Peer) -> None:
     served.worker.script = play(BUSY)
     error = failure(peer.execute())
@@ -117,6 +126,7 @@ def test_a_job_that_fails_before_it_started_gets_no_event_either(served: Served,
 
 
 @pytest.mark.requirement("WORKER-4950")
+@pytest.mark.requirement("WORKER-4952")
 def test_the_status_holds_rich_details(served: Served, peer: Peer) -> None:
     served.worker.script = play(BUSY)
     found = details(failure(peer.execute()))
@@ -137,6 +147,7 @@ def test_without_a_time_to_retry_there_is_no_retry_info(served: Served, peer: Pe
     assert not found["orcd.worker.v1.ErrorDetail"].HasField("retry_after_ms")
 
 
+@pytest.mark.requirement("WORKER-4952")
 def test_the_field_at_fault_is_in_both_details(served: Served, peer: Peer) -> None:
     served.worker.script = play(OrcdError(ErrorCode.NOT_FOUND, "no such handle", field="handle_id"))
     found = details(failure(peer.execute()))
@@ -148,6 +159,7 @@ def test_the_field_at_fault_is_in_both_details(served: Served, peer: Peer) -> No
 
 
 @pytest.mark.requirement("WORKER-4240")
+@pytest.mark.requirement("WORKER-4245")
 @pytest.mark.parametrize("how", [Failed(LOST), LOST], ids=["told", "raised"])
 def test_a_job_that_fails_after_it_started_gets_an_error_event_and_the_same_status(
     served: Served, peer: Peer, how: WorkerEvent | Exception
@@ -176,6 +188,7 @@ def test_nothing_follows_the_end(served: Served, peer: Peer) -> None:
     assert events[-1].WhichOneof("event") == "end"
 
 
+@pytest.mark.requirement("WORKER-4240")
 def test_a_job_that_just_stops_ends_with_an_error_all_the_same(served: Served, peer: Peer) -> None:
     served.worker.script = play(*STORY[:2])
     events, error = outcome(peer.execute())
@@ -184,6 +197,7 @@ def test_a_job_that_just_stops_ends_with_an_error_all_the_same(served: Served, p
     assert error.code() is grpc.StatusCode.INTERNAL
 
 
+@pytest.mark.requirement("WORKER-4952")
 @pytest.mark.parametrize("before", [(), (STARTED,)], ids=["before it started", "after it started"])
 def test_a_bug_in_the_worker_is_internal_and_tells_nothing(
     served: Served,

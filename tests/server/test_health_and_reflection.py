@@ -81,6 +81,7 @@ def test_a_watch_follows_the_lifecycle(served: Served, service: str) -> None:
 
 
 @pytest.mark.requirement("WORKER-4257")
+@pytest.mark.requirement("WORKER-4996")
 def test_the_official_reflection_client_learns_the_whole_contract(served: Served) -> None:
     told = json.loads(official("reflect", served.port, TOKEN))
     assert told["services"] == ["grpc.health.v1.Health", WORKER]

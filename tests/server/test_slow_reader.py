@@ -5,8 +5,8 @@ from __future__ import annotations
 import grpc
 import pytest
 
-from orcd_jax.server import gate
-from tests.server.fake_worker import WAIT_S, Served, flood, play
+from orcd_jax.server.limits import Limits
+from tests.server.fake_worker import WAIT_S, Served, flood, play, serving
 from tests.server.peer import Peer, execute_request, outcome
 from tests.server.raw import Raw, framed
 
@@ -15,34 +15,33 @@ DEADLINE_EXCEEDED = grpc.StatusCode.DEADLINE_EXCEEDED.value[0]
 ALL = 2**31 - 1 - 65_535  # the most room a client can give
 
 
-def test_a_client_that_takes_no_more_messages_loses_its_job_and_is_told(
-    served: Served, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(gate, "SEND_TIMEOUT_S", 0.2)
-    served.worker.script = flood("x" * 1000)
-    with Raw(served.port) as raw:  # 64 KiB of room
-        raw.call("Execute")
-        raw.send(JOB, end=True)
-        answer = raw.answer()
-    assert answer.status == DEADLINE_EXCEEDED
-    assert answer.said == "the client read nothing for 0.2 s; the call is over"
-    assert served.worker.closed.is_set(), "the job outlived its call"
+@pytest.mark.requirement("WORKER-4420")
+def test_a_client_that_takes_no_more_messages_loses_its_job_and_is_told() -> None:
+    with serving(limits=Limits(send_s=0.2)) as served:
+        served.worker.script = flood("x" * 1000)
+        with Raw(served.port) as raw:  # 64 KiB of room
+            raw.call("Execute")
+            raw.send(JOB, end=True)
+            answer = raw.answer()
+        assert answer.status == DEADLINE_EXCEEDED
+        assert answer.said == "the client read nothing for 0.2 s; the call is over"
+        assert served.worker.closed.is_set(), "the job outlived its call"
 
 
-def test_a_client_that_reads_nothing_off_the_socket_loses_its_connection(
-    served: Served, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(gate, "SEND_TIMEOUT_S", 0.2)
-    served.worker.script = flood("x" * 100_000)
-    with Raw(served.port, window=ALL) as raw:
-        raw.call("Execute")
-        raw.send(JOB, end=True)
-        assert served.worker.closed.wait(WAIT_S)
-        answer = raw.answer()  # what was on its way, then the end of the connection
-    assert not answer.ended
-    assert "grpc-status" not in answer.headers
+@pytest.mark.requirement("WORKER-4420")
+def test_a_client_that_reads_nothing_off_the_socket_loses_its_connection() -> None:
+    with serving(limits=Limits(send_s=0.2)) as served:
+        served.worker.script = flood("x" * 100_000)
+        with Raw(served.port, window=ALL) as raw:
+            raw.call("Execute")
+            raw.send(JOB, end=True)
+            assert served.worker.closed.wait(WAIT_S)
+            answer = raw.answer()  # what was on its way, then the end of the connection
+        assert not answer.ended
+        assert "grpc-status" not in answer.headers
 
 
+@pytest.mark.requirement("WORKER-4420")
 def test_others_are_served_meanwhile(served: Served, peer: Peer) -> None:
     served.worker.script = flood("x" * 1000)
     with Raw(served.port) as raw:

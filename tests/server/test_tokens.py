@@ -74,6 +74,7 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.requirement("WORKER-4910")
+@pytest.mark.requirement("WORKER-4913")
 @pytest.mark.parametrize(
     ("content", "problem"),
     [
@@ -97,6 +98,7 @@ def test_a_file_that_does_not_hold_one_or_two_good_tokens_is_refused(
     assert problem in refusal(token_file(tmp_path, content))
 
 
+@pytest.mark.requirement("WORKER-4913")
 @pytest.mark.parametrize("length", [auth.MIN_TOKEN_CHARS, auth.MAX_TOKEN_CHARS])
 def test_the_shortest_and_the_longest_token_open(tmp_path: Path, length: int) -> None:
     assert opens(load_tokens(token_file(tmp_path, "a" * length)), "a" * length)

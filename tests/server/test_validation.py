@@ -147,12 +147,15 @@ def test_every_field_of_a_request_has_a_rule_here() -> None:
 
 
 def test_everything_the_worker_is_given_comes_from_a_field() -> None:
+    from_metadata = {"traceparent"}
     assert {rule.param for rule in RULES.values() if rule.param} == {
         field.name for field in dataclasses.fields(ExecuteParams)
-    }
+    } - from_metadata
 
 
 @pytest.mark.requirement("WORKER-4302")
+@pytest.mark.requirement("WORKER-4301")
+@pytest.mark.requirement("WORKER-4421")
 @pytest.mark.parametrize(("name", "value", "given"), PASSES, ids=shown)
 def test_a_value_within_the_limits_reaches_the_worker(
     served: Served, peer: Peer, name: str, value: object, given: object
@@ -170,6 +173,9 @@ def test_a_value_within_the_limits_reaches_the_worker(
 
 @pytest.mark.requirement("WORKER-4240")
 @pytest.mark.requirement("WORKER-4302")
+@pytest.mark.requirement("WORKER-4241")
+@pytest.mark.requirement("WORKER-4301")
+@pytest.mark.requirement("WORKER-4421")
 @pytest.mark.parametrize(("name", "value", "named"), FAILS, ids=shown)
 def test_a_value_beyond_the_limits_is_refused_by_name(
     served: Served, peer: Peer, name: str, value: object, named: str
@@ -188,6 +194,7 @@ def test_a_job_without_any_prompt_is_refused(served: Served, peer: Peer) -> None
     assert served.worker.calls == 0
 
 
+@pytest.mark.requirement("WORKER-4304")
 @pytest.mark.parametrize(
     "fields",
     [
@@ -202,6 +209,7 @@ def test_a_refusal_never_repeats_what_a_person_wrote(peer: Peer, fields: dict[st
     assert "hunter2" not in f"{error.details()}{error.trailing_metadata()}"
 
 
+@pytest.mark.requirement("WORKER-4304")
 def test_a_refusal_tells_the_value_and_the_limit(peer: Peer) -> None:
     assert failure(peer.execute(max_tokens=65)).details() == "max_tokens: 65 is not allowed; it must be 1 to 64"
     assert failure(peer.execute(temperature=2.5)).details() == "temperature: 2.5 is not allowed; it must be 0 to 2"

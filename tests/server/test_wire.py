@@ -5,11 +5,12 @@ from __future__ import annotations
 import grpc
 import pytest
 
-from orcd_jax.server.gate import MAX_MESSAGE_BYTES
+from orcd_jax.server.limits import Limits
 from tests.server.fake_worker import Served
-from tests.server.peer import SERVICE, Peer, bearer, enum_name, error_detail, execute_request, failure, outcome
+from tests.server.peer import SERVICE, Peer, bearer_for, enum_name, error_detail, execute_request, failure, outcome
 from tests.server.raw import Answer, Raw, framed
 
+MAX_MESSAGE_BYTES = Limits().message_bytes
 INVALID_ARGUMENT, UNIMPLEMENTED = grpc.StatusCode.INVALID_ARGUMENT.value[0], grpc.StatusCode.UNIMPLEMENTED.value[0]
 VALID: bytes = execute_request().SerializeToString()
 MALFORMED = {
@@ -42,7 +43,7 @@ def test_malformed_protobuf_is_an_invalid_argument(served: Served, peer: Peer, b
 
 def test_malformed_protobuf_is_an_invalid_argument_for_every_method(served: Served, peer: Peer) -> None:
     for method in SERVICE.methods:
-        error = peer.refusal_of(f"/{SERVICE.full_name}/{method.name}", metadata=bearer(), body=b"\xff")
+        error = peer.refusal_of(f"/{SERVICE.full_name}/{method.name}", metadata=bearer_for(method.name), body=b"\xff")
         assert error.code() is grpc.StatusCode.INVALID_ARGUMENT, method.name
     assert served.worker.calls == 0
     assert not served.shutdown.is_set()

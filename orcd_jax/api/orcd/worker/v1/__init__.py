@@ -492,6 +492,13 @@ class AttestResponse(betterproto2.Message):
 
     identity_public_key: "bytes" = betterproto2.field(8, betterproto2.TYPE_BYTES)
 
+    worker_id: "str" = betterproto2.field(9, betterproto2.TYPE_STRING)
+    """
+    Who attests; signed with the rest.
+    """
+
+    pool_id: "str" = betterproto2.field(10, betterproto2.TYPE_STRING)
+
 
 default_message_pool.register_message(
     "orcd.worker.v1", "AttestResponse", AttestResponse
