@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,78 +12,13 @@ import grpc
 import pytest
 
 from orcd_jax.errors import ExitCode
-from tests.conftest import PLATFORM
-from tests.server.peer import Peer, as_json, bearer, enum_name, error_detail, message
+from tests.server.peer import as_json, bearer, enum_name, error_detail, message
 from tests.tiny_checkpoint import tiny_checkpoint
+from tests.worker_process import TOKEN, Worker
 
 __all__ = ["tiny_checkpoint"]
 
 pytestmark = pytest.mark.slow  # each process takes five seconds to start
-
-ROOT = Path(__file__).parent.parent
-TOKEN = "0123456789abcdef" * 4
-WAIT_S = 120
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-class Worker:
-    """``orcd-worker`` on the tiny model, as a process; its log is read line by line."""
-
-    def __init__(self, checkpoint: Path, folder: Path, *flags: str) -> None:
-        self.port, self.token_file = free_port(), folder / "token"
-        self.token_file.touch(mode=0o600)
-        self.token_file.write_text(TOKEN)
-        command = [sys.executable, "-c", "from orcd_jax.main import run; run()", "--standalone"]
-        command += [
-            f"--platform={PLATFORM}",
-            "--worker_id=w",
-            "--pool_id=p",
-            f"--model_path={checkpoint}",
-            f"--rpc_port={self.port}",
-        ]
-        command += [f"--api_token_file={self.token_file}", "--allow_root", *flags]
-        environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT)
-        self.peer = Peer(self.port)
-
-    def wait_for(self, event: str) -> dict[str, Any]:
-        """Reads the log up to the first line of this event."""
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
-            fields: dict[str, Any] = json.loads(line)
-            if fields["event"] == event:
-                return fields
-        pytest.fail(f"the worker ended with {self.process.wait(WAIT_S)} before {event}")
-
-    def execute(self, **fields: Any) -> Any:
-        return self.peer.execute(metadata=bearer(TOKEN), **{"prompt_text": "in the", "ignore_eos": True, **fields})
-
-    def ask(self, method: str) -> Any:
-        return self.peer.unary(method, metadata=bearer(TOKEN))
-
-    def orcd(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-c", "from orcd_jax.cli import run; run()", arguments[0]]
-        command += [f"--address=127.0.0.1:{self.port}", f"--token_file={self.token_file}", *arguments[1:]]
-        return subprocess.run(command, capture_output=True, text=True, timeout=WAIT_S, check=False, cwd=ROOT)
-
-    def watch(self, service: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "tests.server.official_client", "watch", str(self.port), service]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
-
-    def end(self) -> int:
-        """Stops the process if it still runs; its exit code."""
-        self.peer.channel.close()
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
-        code = self.process.wait(WAIT_S)
-        assert self.process.stderr is not None
-        self.process.stderr.close()
-        return code
 
 
 @pytest.fixture(scope="module")
@@ -158,9 +89,9 @@ def test_a_client_that_cancels_its_call_frees_the_slot(worker: Worker) -> None:
     assert error_detail(caught.value).retry_after_ms > 0
     for call in calls:
         call.cancel()
-    status = worker.ask("GetStatus")
+    status = worker.control("GetStatus")
     while status.slots_used:  # the server sees the reset when it reads the connection: the next answers say so
-        status = worker.ask("GetStatus")
+        status = worker.control("GetStatus")
     assert kinds_of(list(worker.execute(job_id="d", max_tokens=2)))[-1] == "end"
 
 
@@ -179,7 +110,7 @@ def test_the_command_line_client_streams_and_reports(worker: Worker) -> None:
     assert told_ids == ids_of(list(worker.execute(job_id="e", max_tokens=6)))
     ready = json.loads(worker.orcd("ready", "--json").stdout)
     assert ready["ready"] is True
-    assert ready["digest"] == as_json(worker.ask("GetStatus"))["digest"]
+    assert ready["digest"] == as_json(worker.control("GetStatus"))["digest"]
 
 
 @pytest.mark.requirement("WORKER-4257")
@@ -205,7 +136,7 @@ def test_health_follows_the_life_of_the_worker_and_a_stop_is_clean(tiny_checkpoi
 def test_the_shutdown_call_ends_the_process_in_good_order(tiny_checkpoint: Path, tmp_path: Path) -> None:
     started = Worker(tiny_checkpoint, tmp_path)
     started.wait_for("ready")
-    started.ask("Shutdown")
+    started.control("Shutdown")
     assert started.wait_for("shutdown")["exit_code"] == 0
     assert started.end() == ExitCode.OK
 
@@ -230,10 +161,8 @@ def test_the_token_is_in_no_line_of_the_log(tiny_checkpoint: Path, tmp_path: Pat
         for event in started.execute(job_id="a", prompt_text=secret, max_tokens=40)
         if event.WhichOneof("event") == "token"
     )
-    started.process.send_signal(signal.SIGTERM)
-    assert started.process.stderr is not None
-    log = started.process.stderr.read()
     started.end()
+    log = "".join(started.lines)
     assert "execute_end" in log
     assert TOKEN not in log
     assert secret not in log

@@ -146,6 +146,7 @@ def configure(
     )
     structlog.configure(
         processors=[
+            structlog.contextvars.merge_contextvars,  # what the server bound for the call that is answered
             identify,
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True, key="ts"),

@@ -63,6 +63,31 @@ def model_load_complete(*, model_ref: str, weights_bytes: int, seconds: float) -
     return f"{model_ref} is loaded: {size(weights_bytes)} of weights, verified, in {duration(seconds)}."
 
 
+def plan(*, model_ref: str, feasible: bool, reasons: int) -> str:
+    """Somebody asked whether a model would fit."""
+    what = model_ref or "the model this worker was started with"
+    if feasible:
+        return f"Asked about {what}: it would load here."
+    return f"Asked about {what}: it would not load here, for {count(reasons, 'reason')}."
+
+
+def sealed(*, model_ref: str, pinned: bool, emulated: bool) -> str:
+    """The weights are proved from the device, and the handle is sealed."""
+    memory = "emulated device memory" if emulated else "VRAM"
+    origin = "as it was asked for from outside" if pinned else "as its own manifest says; nobody vouched for that"
+    return f"{model_ref} is sealed: every byte in {memory} was proved, {origin}."
+
+
+def proof_overdue(*, age_s: float) -> str:
+    """Tokens are held back until the weights are proved again."""
+    return f"The last proof of the weights is {duration(age_s)} old: no token leaves before the next one."
+
+
+def attested(*, seconds: float) -> str:
+    """Somebody was given a signed proof."""
+    return f"Proved every byte of the weights anew in {duration(seconds)}, and signed it for whoever asked."
+
+
 def ready(*, model_ref: str, slots: int, emulated: bool) -> str:
     """The worker takes jobs."""
     memory = "emulated on the CPU" if emulated else "resident in VRAM"

@@ -41,20 +41,28 @@ class Readiness:
 
     Attributes:
       model_ref: what was loaded.
+      handle_id: of the sealed handle.
       digest: model digest, 64 hex digits.
+      pinned: whether the digest was given from outside.
       vram_bytes: device memory held; 0 when emulated.
       emulated: the CPU backend stands in for a GPU.
-      uri: where the worker takes jobs, such as ``grpc://127.0.0.1:50051``.
+      uri: where the worker takes jobs, such as ``grpc://127.0.0.1:50051``; ``grpcs`` with TLS.
+      metrics_port: loopback port of the metrics; 0: none.
+      identity_public_key: Ed25519, 64 hex digits: checks what the worker signs.
       capabilities: the worker's ECP.
     """
 
     worker_id: str
     pool_id: str
     model_ref: str
+    handle_id: str
     digest: str
+    pinned: bool
     vram_bytes: int
     emulated: bool
     uri: str
+    metrics_port: int
+    identity_public_key: str
     capabilities: dict[str, object] = field(default_factory=dict)
 
     def body(self) -> bytes:

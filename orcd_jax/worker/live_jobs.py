@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from orcd_jax.engine.engine import Delivery, Job
+from orcd_jax.engine.engine import Delivery, Engine, Job
 from orcd_jax.engine.stream import JobStream
 from orcd_jax.errors import ErrorCode, OrcdError
 
@@ -20,12 +20,19 @@ class LiveJob:
     Attributes:
       owner: identity it belongs to.
       job: the engine's side of it, once its prompt is tokenised.
+      engine: where that runs.
     """
 
     owner: str
     job_id: str
     stream: JobStream = field(default_factory=JobStream)
     job: Job | None = None
+    engine: Engine | None = None
+
+    def cancel(self) -> None:
+        """Tells the engine that nobody wants the job any more."""
+        if self.engine is not None and self.job is not None:
+            self.engine.cancel(self.job)
 
 
 class LiveJobs:
@@ -76,9 +83,9 @@ class LiveJobs:
         """The live job of this owner, if there is one."""
         return self._table.get((owner, job_id))
 
-    def attach(self, live: LiveJob, job: Job) -> None:
+    def attach(self, live: LiveJob, engine: Engine, job: Job) -> None:
         """Directs the engine's events of ``job`` to the live job's stream."""
-        live.job = job
+        live.job, live.engine = job, engine
         self._stream_of[job] = live.stream
 
     def deliver(self, batch: list[Delivery]) -> None:

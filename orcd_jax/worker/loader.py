@@ -1,7 +1,9 @@
-"""From a checkpoint directory to a model that is ready to run: verified, restored onto the device, compiled.
+"""From a checkpoint directory to a sealed model, in stages of which each has its own type.
 
-Each stage is cheaper than the next, so that a bad model fails before anything large happens: manifest, capabilities,
-file hashes, restore, digests of what lies on the device, compilation.
+    assess → LoadPlan → load → ResidentModel → seal → SealedModel
+
+Each stage is cheaper than the next, so that a bad model fails before anything large happens: manifest, trust,
+capabilities, memory; file hashes; restore; compilation; warm-up; the digests of what lies on the device; the seal.
 """
 
 from __future__ import annotations
@@ -11,69 +13,133 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from orcd_jax.checkpoint.manifest import Manifest, read_manifest
+import jax
+
+from orcd_jax.checkpoint.manifest import FileEntry, Manifest
 from orcd_jax.checkpoint.progress import Progress
 from orcd_jax.checkpoint.restore import restore
-from orcd_jax.checkpoint.verify import verify_arrays, verify_files
-from orcd_jax.config import BLOCK_TOKENS, WorkerConfig
+from orcd_jax.checkpoint.verify import verify_files
+from orcd_jax.config import WorkerConfig
 from orcd_jax.device import faults
-from orcd_jax.device.discovery import DeviceInfo, describe, select_device
+from orcd_jax.device.discovery import DeviceInfo
+from orcd_jax.engine.engine import Deliver, Engine, warm_up
+from orcd_jax.engine.fingerprint import executable_fingerprint
 from orcd_jax.engine.programs import Programs
-from orcd_jax.engine.state import EngineShape, kv_bytes
+from orcd_jax.engine.state import DecodeState, EngineShape
+from orcd_jax.errors import ErrorCode, OrcdError
 from orcd_jax.models.registry import Params
+from orcd_jax.residency import policy
+from orcd_jax.residency.bounds import Sizes
+from orcd_jax.residency.budget import MemoryPlan
+from orcd_jax.residency.guard import SealGuard
+from orcd_jax.residency.keys import SealKey
+from orcd_jax.residency.prover import Pending, WeightProver
+from orcd_jax.residency.recorded import Analysis, record
+from orcd_jax.residency.seal import Seal, SealRecord, seal, verify
+from orcd_jax.telemetry.log import EventCode, get_logger
 from orcd_jax.tokenizer.chat_template import ChatTemplate
 from orcd_jax.tokenizer.tokenizer import Tokenizer
-from orcd_jax.worker.capability import check_capabilities
+from orcd_jax.worker.types import Handle
 
-PAGE_TOKENS = 64
+OnProgress = Callable[[Progress], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadPlan:
+    """A model that was read, trusted as far as was asked, able to run here, and fits. Nothing is allocated yet.
+
+    Attributes:
+      key: under which the analysis of its programs is recorded.
+      pinned: its digest was given from outside, or signed by a trusted key.
+    """
+
+    directory: Path
+    manifest: Manifest
+    sizes: Sizes
+    shape: EngineShape
+    memory: MemoryPlan
+    key: str
+    pinned: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResidentModel:
-    """A model whose weights lie on the device, proved equal to the manifest, with its programs compiled.
+    """A model whose weights lie on the device, with its programs compiled. Not proved yet.
 
     Attributes:
-      shape: the sizes the programs were compiled for.
-      kv_bytes: KV pages the engine will allocate.
+      fingerprint: of the compiled programs and what made them, 64 hex digits.
       load_seconds: seconds spent in each stage, by name.
-      digested_s: monotonic time at which the digests of the arrays on the device began.
     """
 
-    manifest: Manifest
+    plan: LoadPlan
     device: DeviceInfo
-    shape: EngineShape
     params: Params
     programs: Programs
+    prover: WeightProver
+    fingerprint: str
     tokenizer: Tokenizer
     chat_template: ChatTemplate | None
-    kv_bytes: int
     load_seconds: dict[str, float]
-    digested_s: float
+
+    @property
+    def manifest(self) -> Manifest:
+        """What the checkpoint holds."""
+        return self.plan.manifest
+
+    @property
+    def shape(self) -> EngineShape:
+        """The sizes the programs were compiled for."""
+        return self.plan.shape
+
+    @property
+    def vram_bytes(self) -> int:
+        """Device memory that the weights and the decode state hold; none on an emulated device."""
+        memory = self.plan.memory
+        return 0 if self.device.emulated else memory.weights_bytes + memory.kv_bytes
 
 
-def engine_shape(config: WorkerConfig, context_max: int) -> EngineShape:
-    """The sizes a worker with this configuration runs a model at.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SealedModel:
+    """A model that is resident, immutable, compiled, warmed up, digested and sealed, in that order (WORKER-4112)."""
 
-    Every row can hold a job of full context: pages = rows x pages per job.
+    resident: ResidentModel
+    handle: Handle
+    seal: Seal
+    engine: Engine
+    guard: SealGuard[Pending, DecodeState]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Listeners:
+    """Who is told what a sealed model does. All of them are called on the engine thread.
+
+    Attributes:
+      deliver: a step's events of all jobs.
+      on_fatal: why the engine cannot go on; once.
+      on_pass: seconds that a whole proof of the weights took.
+      on_late: age of the oldest proof, when tokens have to wait for a new one.
     """
-    context = min(config.max_context or context_max, context_max)
-    pages_per_job = -(-context // PAGE_TOKENS)
-    return EngineShape(
-        rows=config.slots_total,
-        block_tokens=BLOCK_TOKENS,
-        prefill_blocks=max(1, config.prefill_tokens // BLOCK_TOKENS),
-        page_tokens=PAGE_TOKENS,
-        pages=config.slots_total * pages_per_job,
-        pages_per_job=pages_per_job,
-        context=context,
-    )
+
+    deliver: Deliver
+    on_fatal: Callable[[OrcdError], None]
+    on_pass: Callable[[float], None]
+    on_late: Callable[[float], None]
 
 
-def load_model(config: WorkerConfig, progress: Callable[[Progress], None]) -> ResidentModel:
-    """Loads the checkpoint at ``config.model_path``. Blocks for as long as it takes; call it off the event loop.
+def load(
+    config: WorkerConfig,
+    plan: LoadPlan,
+    jax_device: jax.Device,
+    info: DeviceInfo,
+    *,
+    plans_directory: Path | None,
+    on: OnProgress,
+    on_file: Callable[[FileEntry], None] = lambda _: None,
+) -> ResidentModel:
+    """Brings the weights onto the device and compiles the programs. Blocks; call it off the event loop.
 
     Raises:
-      OrcdError: NoDevice, MODEL_LOAD_FAILED, CAPABILITY_MISMATCH, SEAL_VERIFICATION_FAILED or VRAM_OOM.
+      OrcdError: MODEL_LOAD_FAILED, POLICY_VIOLATION, VRAM_OOM or HOST_OOM.
     """
     seconds: dict[str, float] = {}
     started = time.perf_counter()
@@ -84,42 +150,139 @@ def load_model(config: WorkerConfig, progress: Callable[[Progress], None]) -> Re
         seconds[stage] = round(now - started, 3)
         started = now
 
-    device = select_device(config.platform, config.gpu_device)
-    directory = Path(config.model_path)
-    manifest = read_manifest(directory)
-    check_capabilities(manifest.model)
-    verify_files(directory, manifest, progress)
-    tokenizer, chat_template = _load_text(directory, manifest)
+    manifest = plan.manifest
+    verify_files(plan.directory, manifest, on, on_file)
+    tokenizer, chat_template = _load_text(plan.directory, manifest)
     lap("verify_files")
     with faults.translated():
-        params = restore(directory, manifest, device, progress)
-        lap("restore")
-        digested_s = time.monotonic()
-        verify_arrays(manifest, params, progress)
-        lap("verify_arrays")
-    shape = engine_shape(config, manifest.config.context_max)
+        params = restore(plan.directory, manifest, jax_device, on, staging_bytes=config.max_staging_bytes)
+    lap("restore")
     done = 0
 
     def compiling(_: str) -> None:
         nonlocal done
-        progress(Progress("compile", done, len(Programs.NAMES)))
+        on(Progress("compile", done, len(Programs.NAMES) + 1))
         done += 1
 
     with faults.translated():
-        programs = Programs(manifest.config, shape, device, compiling)
+        programs = Programs(manifest.config, plan.shape, jax_device, compiling)
+        compiling("digest")
+        prover = WeightProver(manifest, params, jax_device)
+    compiled = {**programs.compiled, **prover.programs}
+    policy.check_programs(compiled)
+    _check_workspace(plan, Analysis.of(compiled), plans_directory)
+    fingerprint = executable_fingerprint(compiled, jax_device)
     lap("compile")
     return ResidentModel(
-        manifest=manifest,
-        device=describe(device, config.gpu_device),
-        shape=shape,
+        plan=plan,
+        device=info,
         params=params,
         programs=programs,
+        prover=prover,
+        fingerprint=fingerprint,
         tokenizer=tokenizer,
         chat_template=chat_template,
-        kv_bytes=kv_bytes(manifest.config, shape),
         load_seconds=seconds,
-        digested_s=digested_s,
     )
+
+
+def _check_workspace(plan: LoadPlan, analysis: Analysis, plans_directory: Path | None) -> None:
+    """Keeps what the programs say of their memory for later plans, and holds them to this one.
+
+    Raises:
+      OrcdError: INSUFFICIENT_VRAM, when they need more than was planned and the device has not got it.
+    """
+    if plans_directory is not None:
+        try:
+            record(plans_directory, plan.key, analysis)
+        except OrcdError as error:  # the worker can do without
+            get_logger().warning(EventCode.PLAN, human=error.message)
+    more = analysis.workspace_bytes(plan.sizes) - plan.memory.workspace_bytes
+    memory = plan.memory
+    if memory.total_bytes + more > memory.available_bytes:
+        raise OrcdError(
+            ErrorCode.INSUFFICIENT_VRAM,
+            f"the compiled programs need {more} bytes more than was planned: lower --slots_total or --prefill_tokens",
+            needed_bytes=memory.total_bytes + more,
+            available_bytes=memory.available_bytes,
+        )
+
+
+def seal_model(
+    config: WorkerConfig,
+    resident: ResidentModel,
+    jax_device: jax.Device,
+    *,
+    key: SealKey,
+    shard_id: str,
+    handle_id: str,
+    listeners: Listeners,
+    on: OnProgress,
+) -> SealedModel:
+    """Warms the programs up, proves the weights from the device's own bytes, and seals. The engine runs after this.
+
+    Raises:
+      OrcdError: SEAL_VERIFICATION_FAILED, naming the tensor; POLICY_VIOLATION, naming the buffer; VRAM_OOM.
+    """
+    manifest = resident.manifest
+    began, proved_s = time.perf_counter(), time.monotonic()
+    state = warm_up(resident.programs, resident.params)
+    with faults.translated():
+        digest = resident.prover.prove_all(on)
+        check_residency(resident, jax_device, state)
+    if digest != manifest.digest:
+        raise OrcdError(ErrorCode.SEAL_VERIFICATION_FAILED, "the digest from the device is not the manifest's")
+    resident.load_seconds["prove"] = round(time.perf_counter() - began, 3)
+    record = SealRecord(
+        shard_id=shard_id or f"{manifest.digest[:16]}-0",
+        digest=digest,
+        sealed_at_ms=time.time_ns() // 1_000_000,
+        device_uuid=resident.device.uuid,
+        executable_fingerprint=resident.fingerprint,
+    )
+    sealed = seal(key, record)
+    handle = Handle(
+        handle_id=handle_id,
+        shard_id=record.shard_id,
+        device_index=resident.device.index,
+        device_uuid=record.device_uuid,
+        vram_bytes=0 if resident.device.emulated else resident.plan.memory.weights_bytes,
+        sealed=True,
+        sealed_at_ms=record.sealed_at_ms,
+        digest=digest,
+        model_ref=manifest.model.model_id,
+        shard_index=0,
+        total_shards=1,
+        pinned=resident.plan.pinned,
+        emulated=resident.device.emulated,
+    )
+    guard: SealGuard[Pending, DecodeState] = SealGuard(
+        resident.prover,
+        max_age_s=config.seal_max_age,
+        proved_s=proved_s,
+        verify_seal=lambda: verify(key, sealed),
+        check_residency=lambda now: check_residency(resident, jax_device, now),
+        on_pass=listeners.on_pass,
+        on_late=listeners.on_late,
+    )
+    engine = Engine(
+        resident.programs,
+        resident.params,
+        guard,
+        token_bytes=resident.tokenizer.token_bytes,
+        eos_ids=resident.tokenizer.eos_ids,
+        deliver=listeners.deliver,
+        on_fatal=listeners.on_fatal,
+    )
+    engine.start(state)
+    return SealedModel(resident=resident, handle=handle, seal=sealed, engine=engine, guard=guard)
+
+
+def check_residency(resident: ResidentModel, jax_device: jax.Device, state: DecodeState | None) -> None:
+    """Raises POLICY_VIOLATION when a weight or a buffer of the state is not in the device's own memory."""
+    policy.check_arrays(resident.params.items(), jax_device)
+    leaves = jax.tree_util.tree_flatten_with_path(state)[0]
+    policy.check_arrays(((f"state{jax.tree_util.keystr(path)}", leaf) for path, leaf in leaves), jax_device)
 
 
 def _load_text(directory: Path, manifest: Manifest) -> tuple[Tokenizer, ChatTemplate | None]:

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
+from orcd_jax.checkpoint.manifest import ModelCapabilities
+from orcd_jax.checkpoint.progress import Progress
 from orcd_jax.engine.request import Ended, Failed, Tokens
+from orcd_jax.errors import OrcdError
+from orcd_jax.residency.budget import MemoryPlan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +38,7 @@ class ExecuteParams:
       seed: uint64, or None: the worker chooses one and says which.
       timeout_ms: the earlier of the request's deadline and the call's own, or None for the worker's limit.
       tenant: the caller's word for whom it acts; part of the job's identity.
+      traceparent: W3C trace context of the call; empty: none.
     """
 
     job_id: str
@@ -49,6 +55,7 @@ class ExecuteParams:
     ignore_eos: bool = False
     timeout_ms: int | None = None
     tenant: str = ""
+    traceparent: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,7 +125,8 @@ class ReadyInfo:
     """The answer to Ready.
 
     Attributes:
-      last_digest_age_ms: since the last full digest of the weights on the device; None before the first.
+      last_digest_age_ms: since the oldest proof of any byte of the weights on the device; None before the first.
+      identity_public_key: 32 bytes of the Ed25519 key that signs attestations.
     """
 
     ready: bool
@@ -126,6 +134,7 @@ class ReadyInfo:
     handles: tuple[Handle, ...]
     capabilities: EngineCapabilities
     last_digest_age_ms: int | None
+    identity_public_key: bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,3 +168,97 @@ class StatusInfo:
     compute_capability: str
     load_stage: str
     load_percent: int
+    cuda_version: str
+    driver_version: str
+    seal_age_ms: int | None
+    detection_bound_ms: int
+    metrics_port: int
+    audit_seq: int
+    audit_hash: str
+
+
+ShardLayout = Literal["single", "tensor_parallel"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanParams:
+    """What Plan is asked, and the part of Commit that decides what is loaded.
+
+    Attributes:
+      model_ref: validated in form; empty: the model the worker was started with.
+      max_context, slots: None: the worker's own.
+    """
+
+    model_ref: str = ""
+    layout: ShardLayout = "single"
+    tp_degree: int = 1
+    max_context: int | None = None
+    slots: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanInfo:
+    """The answer to Plan (WORKER-4210).
+
+    Attributes:
+      memory: None when the model could not be read.
+      reasons: every reason why not; empty when feasible.
+      model: what the model declares, when it could be read.
+      max_context, slots: the sizes planned for.
+    """
+
+    memory: MemoryPlan | None
+    reasons: tuple[OrcdError, ...]
+    model: ModelCapabilities | None
+    max_context: int
+    slots: int
+    device_index: int
+    device_uuid: str
+
+    @property
+    def feasible(self) -> bool:
+        """Whether a Commit with the same wishes would load."""
+        return not self.reasons
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommitParams:
+    """What Commit is asked.
+
+    Attributes:
+      shard_id: the caller's name for the shard; empty: made from the digest.
+      expected_digest: 64 hex digits, or empty.
+      signature: bytes of a signature over the model, or empty.
+    """
+
+    plan: PlanParams
+    shard_id: str = ""
+    shard_index: int = 0
+    total_shards: int = 1
+    expected_digest: str = ""
+    signature: bytes = b""
+
+
+CommitEvent = Progress | Handle
+"""What Commit streams: progress, then exactly one handle."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttestInfo:
+    """The answer to Attest (WORKER-4255).
+
+    Attributes:
+      digest: recomputed from the device between the two times (milliseconds since 1970).
+      signature, public_key: Ed25519.
+    """
+
+    handle: Handle
+    digest: str
+    digest_began_at_ms: int
+    digest_ended_at_ms: int
+    nonce: bytes
+    executable_fingerprint: str
+    signature: bytes
+    public_key: bytes
+    worker_id: str
+    pool_id: str

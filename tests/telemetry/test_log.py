@@ -58,6 +58,8 @@ def test_the_event_codes_are_the_documented_ones() -> None:
 
 
 @pytest.mark.requirement("WORKER-4800")
+@pytest.mark.requirement("WORKER-4801")
+@pytest.mark.requirement("WORKER-4803")
 @pytest.mark.parametrize("name", ["prompt", "text", "output", "token", "tokens", "api_token", "stop", "exception"])
 def test_a_field_outside_the_list_is_left_out(logged: Setup, name: str) -> None:
     stream = logged()
@@ -88,6 +90,7 @@ def test_long_text_is_cut(logged: Setup) -> None:
     assert len(stream.getvalue()) < 1300
 
 
+@pytest.mark.requirement("WORKER-4800")
 def test_the_console_style_is_one_readable_line(logged: Setup) -> None:
     stream = logged("console")
     log.get_logger().warning(EventCode.DRAIN, human="Draining.", jobs=2)

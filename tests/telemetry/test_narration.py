@@ -67,6 +67,7 @@ def test_a_start_names_the_token_by_its_fingerprint() -> None:
 
 
 @pytest.mark.requirement("WORKER-4800")
+@pytest.mark.requirement("WORKER-4803")
 def test_no_sentence_can_be_given_a_prompt_or_an_answer() -> None:
     for name, function in inspect.getmembers(narration, inspect.isfunction):
         assert not {"prompt", "text", "output", "token", "answer"} & set(inspect.signature(function).parameters), name

@@ -18,10 +18,14 @@ READY = Readiness(
     worker_id="w1",
     pool_id="p1",
     model_ref="file:/models/tiny",
+    handle_id="h-1",
     digest="ab" * 32,
+    pinned=True,
     vram_bytes=0,
     emulated=True,
     uri="grpc://127.0.0.1:50051",
+    metrics_port=9400,
+    identity_public_key="cd" * 32,
     capabilities={"architectures": ["llama"]},
 )
 
@@ -125,6 +129,7 @@ def test_readiness_carries_who_what_and_where(pool: PoolManager) -> None:
 
 
 @pytest.mark.requirement("WORKER-4023")
+@pytest.mark.requirement("WORKER-4961")
 def test_a_failure_carries_its_code(pool: PoolManager) -> None:
     send(pool.url, Failure(worker_id="w1", pool_id="p1", code="MODEL_LOAD_FAILED", message="no file", retriable=False))
     sent = json.loads(pool.received[0][2])

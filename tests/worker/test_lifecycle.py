@@ -36,6 +36,7 @@ def test_moving_to_the_present_state_is_silent() -> None:
     assert heard == []
 
 
+@pytest.mark.requirement("WORKER-4231")
 @pytest.mark.parametrize("state", list(State))
 def test_jobs_are_accepted_only_when_ready_or_executing(state: State) -> None:
     life = Lifecycle()
