@@ -6,6 +6,7 @@ import asyncio
 import errno
 import os
 import socket
+import ssl
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from types import TracebackType
@@ -24,12 +25,16 @@ from h2.config import H2Configuration
 
 from orcd_jax.api.google import rpc
 from orcd_jax.api.orcd.worker import v1
-from orcd_jax.cli.arguments import Address
+from orcd_jax.cli import tls
+from orcd_jax.cli.arguments import Target
 from orcd_jax.errors import ErrorCode, ExitCode
 
 CONNECT_TIMEOUT_S = 5.0
-# Ready and GetStatus are answered from memory.
+# Ready and GetStatus are answered from memory, Plan from a manifest.
 ANSWER_TIMEOUT_S = 10.0
+# An attestation reads all weights.
+PROOF_TIMEOUT_S = 120.0
+CLOSE_TIMEOUT_S = 1.0
 # A job may be silent for long; a worker that does not even answer HTTP/2's ping for this long is gone.
 PING_EVERY_S = 10.0
 PING_TIMEOUT_S = 20.0
@@ -79,18 +84,19 @@ def failed(detail: v1.ErrorDetail) -> CallFailed:
 class Connection:
     """Owns one HTTP/2 connection to a worker.
 
-    async with Connection(address, token) as worker:
+    async with Connection(target) as worker:
         print((await worker.ready()).ready)
 
     All methods raise CallFailed and nothing else.
     """
 
-    def __init__(self, address: Address, token: str) -> None:
+    def __init__(self, target: Target) -> None:
         """Nothing is sent before ``async with``; must be made on the event loop."""
-        self._address = address
+        self._target = target
         self._channel = _Channel(
-            address.host,
-            address.port,
+            target.address.host,  # with TLS also the name that the certificate must have
+            target.address.port,
+            ssl=target.tls,
             codec=ProtoCodec(),
             status_details_codec=_Details(),
             config=Configuration(
@@ -100,20 +106,20 @@ class Connection:
                 _http2_min_sent_ping_interval_without_data=PING_EVERY_S / 2,
             ),
         )
-        self._stub = v1.WorkerStub(self._channel, metadata={"authorization": f"Bearer {token}"})
+        self._stub = v1.WorkerStub(self._channel, metadata={"authorization": f"Bearer {target.token}"})
 
     async def __aenter__(self) -> Self:
         try:
             await self._connect()
         except BaseException:
-            self._channel.close()
+            await self._channel.end()
             raise
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._channel.close()
+        await self._channel.end()
 
     async def ready(self) -> v1.ReadyResponse:
         """Whether jobs are taken."""
@@ -124,6 +130,24 @@ class Connection:
         """How the worker is."""
         with self._failures():
             return await self._stub.get_status(v1.GetStatusRequest(), timeout=ANSWER_TIMEOUT_S)
+
+    async def plan(self, request: v1.PlanRequest) -> v1.PlanResponse:
+        """Whether a model would load."""
+        with self._failures():
+            return await self._stub.plan(request, timeout=ANSWER_TIMEOUT_S)
+
+    async def attest(self, request: v1.AttestRequest) -> v1.AttestResponse:
+        """A signed proof of the weights, made now: as long as it takes to read them all."""
+        with self._failures(answer_s=PROOF_TIMEOUT_S):
+            return await self._stub.attest(request, timeout=PROOF_TIMEOUT_S)
+
+    async def commit(self, request: v1.CommitRequest) -> AsyncGenerator[v1.CommitEvent, None]:
+        """Has a model loaded. Closing the generator only stops watching."""
+        with self._failures():
+            calls = cast("AsyncGenerator[v1.CommitEvent, None]", self._stub.commit(request))
+            async with aclosing(calls) as events:
+                async for event in events:
+                    yield event
 
     async def execute(
         self, request: v1.ExecuteRequest, timeout_s: float | None
@@ -143,14 +167,25 @@ class Connection:
                 speaks_http2 = await self._channel.greeted()
         except TimeoutError:
             raise self._unreachable(f"there is no answer within {CONNECT_TIMEOUT_S:g} s") from None
+        except ssl.SSLError as error:
+            raise self._unreachable(tls.reason(error), advice="", retriable=False) from None
         except OSError as error:
             raise self._unreachable(_reason(error)) from None
         if not speaks_http2:
-            raise self._unreachable("what answers there does not speak gRPC")
+            raise self._unreachable(
+                "what answers there does not speak gRPC, or only over TLS (see --tls_ca_file)"
+                if self._target.tls is None
+                else f"it ends the connection after the TLS handshake; is it a worker, then {tls.WANTS_CERTIFICATE}"
+            )
 
     @contextmanager
-    def _failures(self, timeout_s: float | None = None) -> Iterator[None]:
-        """Every failure of a call as CallFailed."""
+    def _failures(self, timeout_s: float | None = None, answer_s: float | None = None) -> Iterator[None]:
+        """Every failure of a call as CallFailed.
+
+        Args:
+          timeout_s: the caller's own limit, if there is one.
+          answer_s: else the longest that an answer may take; None: ANSWER_TIMEOUT_S.
+        """
         try:
             yield
         except GRPCError as error:
@@ -159,7 +194,7 @@ class Connection:
             raise self._unreachable(f"the connection broke off ({error})") from None
         except TimeoutError:
             if timeout_s is None:
-                raise self._unreachable(f"there is no answer within {ANSWER_TIMEOUT_S:g} s") from None
+                raise self._unreachable(f"there is no answer within {answer_s or ANSWER_TIMEOUT_S:g} s") from None
             raise _too_late(timeout_s) from None
         except OSError as error:
             raise self._unreachable(_reason(error)) from None
@@ -178,11 +213,13 @@ class Connection:
             return self._unreachable(f"what answers there is no orcd worker ({error.status.name}: {message})")
         return CallFailed(error.status.name, message)
 
-    def _unreachable(self, why: str) -> CallFailed:
+    def _unreachable(
+        self, why: str, *, advice: str = "; check --address and that the worker runs", retriable: bool = True
+    ) -> CallFailed:
         return CallFailed(
             ExitCode.UNREACHABLE.name,
-            f"no worker answers at {self._address}: {why}; check --address and that the worker runs",
-            retriable=True,
+            f"no worker answers at {self._target.address}: {why}{advice}",
+            retriable=retriable,
             exit_code=ExitCode.UNREACHABLE,
         )
 
@@ -193,9 +230,29 @@ class _Channel(Channel):
     _made: _Protocol | None = None
 
     async def greeted(self) -> bool:
-        """Connects; whether the other side speaks HTTP/2."""
+        """Connects; whether the other side speaks HTTP/2.
+
+        Raises:
+          OSError: there is no connection, or TLS refused it.
+        """
         await self.__connect__()
-        return self._made is not None and await self._made.greeted
+        if self._made is None:
+            return False
+        greeted = await self._made.greeted
+        if self._made.refused is not None:
+            raise self._made.refused
+        return greeted
+
+    async def end(self) -> None:
+        """Closes the connection, and sees to it: TLS says goodbye before it goes."""
+        self.close()
+        if self._made is None or self._made.transport is None:
+            return
+        try:
+            async with asyncio.timeout(CLOSE_TIMEOUT_S):
+                await self._made.lost.wait()
+        except TimeoutError:
+            self._made.transport.abort()
 
     async def _create_connection(self) -> H2Protocol:
         if self._made is not None:
@@ -216,7 +273,14 @@ class _Protocol(H2Protocol):
     def __init__(self, handler: AbstractHandler, config: Configuration, h2_config: H2Configuration) -> None:
         super().__init__(handler, config, h2_config)
         self.greeted: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        self.refused: ssl.SSLError | None = None  # with TLS 1.3 a client's certificate is refused after the handshake
+        self.transport: asyncio.Transport | None = None
+        self.lost = asyncio.Event()
         self._head = b""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast("asyncio.Transport", transport)
+        super().connection_made(transport)
 
     def data_received(self, data: bytes) -> None:
         if not self.greeted.done():
@@ -227,7 +291,9 @@ class _Protocol(H2Protocol):
 
     def connection_lost(self, exc: BaseException | None) -> None:
         if not self.greeted.done():
+            self.refused = exc if isinstance(exc, ssl.SSLError) else None
             self.greeted.set_result(False)
+        self.lost.set()
         super().connection_lost(exc)
 
 

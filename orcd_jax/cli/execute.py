@@ -7,8 +7,8 @@ import sys
 from contextlib import aclosing
 
 from orcd_jax.api.orcd.worker import v1
-from orcd_jax.cli.arguments import Job
 from orcd_jax.cli.connection import CallFailed, Connection, failed
+from orcd_jax.cli.job import Job
 from orcd_jax.cli.show import word
 from orcd_jax.cli.terminal import Output
 from orcd_jax.errors import ErrorCode, ExitCode

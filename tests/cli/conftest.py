@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import os
 import subprocess
 import sys
@@ -11,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import structlog
 
 from orcd_jax.cli.main import main
 from orcd_jax.errors import ExitCode
-from tests.server.fake_worker import TOKEN, Served, serving
+from tests.server.fake_worker import CONTROL_TOKEN, TOKEN, Served, serving
 
 RUN = "from orcd_jax.cli import run; run()"
 
@@ -28,15 +31,26 @@ class Result:
     err: str
 
 
+def table(text: str) -> dict[str, str]:
+    """Rows, as a person reads them: names are set apart by two blanks or more; none is empty."""
+    rows = {name: value.strip() for name, _, value in (line.partition("  ") for line in text.splitlines())}
+    assert all(rows.values())
+    return rows
+
+
 Orcd = Callable[..., Result]
 Start = Callable[..., AbstractContextManager[subprocess.Popen[str]]]
 
 
 @pytest.fixture
 def served() -> Iterator[Served]:
-    """A worker on a real socket."""
-    with serving() as started:
-        yield started
+    """A worker on a real socket; what it logs goes nowhere."""
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
+    try:
+        with serving() as started:
+            yield started
+    finally:
+        structlog.reset_defaults()
 
 
 @pytest.fixture
@@ -48,10 +62,26 @@ def token_file(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def alone(token_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Orcd:
-    """Calls ``orcd`` in this process, with a token and no worker."""
-    monkeypatch.setenv("ORCD_TOKEN_FILE", str(token_file))
-    monkeypatch.delenv("ORCD_ADDRESS", raising=False)
+def control_file(tmp_path: Path) -> Path:
+    """The file with the worker's control token."""
+    path = tmp_path / "control"
+    path.write_text(f"{CONTROL_TOKEN}\n", encoding="ascii")
+    return path
+
+
+@pytest.fixture
+def tokens(token_file: Path, control_file: Path) -> dict[str, str]:
+    """The environment that names both."""
+    return {"ORCD_TOKEN_FILE": str(token_file), "ORCD_CONTROL_TOKEN_FILE": str(control_file)}
+
+
+@pytest.fixture
+def alone(tokens: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Orcd:
+    """Calls ``orcd`` in this process, with its tokens and no worker."""
+    for name in ("ORCD_ADDRESS", "ORCD_TLS_CA_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in tokens.items():
+        monkeypatch.setenv(name, value)
 
     def call(*argv: str) -> Result:
         code = main(argv)
@@ -69,11 +99,11 @@ def orcd(alone: Orcd, served: Served, monkeypatch: pytest.MonkeyPatch) -> Orcd:
 
 
 @pytest.fixture
-def start(token_file: Path) -> Start:
+def start(tokens: dict[str, str]) -> Start:
     """Starts ``orcd`` as a process of its own at a port."""
 
     def begin(port: int, *argv: str) -> subprocess.Popen[str]:
-        environment = os.environ | {"ORCD_TOKEN_FILE": str(token_file), "ORCD_ADDRESS": f"127.0.0.1:{port}"}
+        environment = os.environ | tokens | {"ORCD_ADDRESS": f"127.0.0.1:{port}"}
         return subprocess.Popen(
             [sys.executable, "-c", RUN, *argv],
             stdin=subprocess.DEVNULL,
@@ -84,3 +114,13 @@ def start(token_file: Path) -> Start:
         )
 
     return begin
+
+
+@pytest.fixture
+def stdin(monkeypatch: pytest.MonkeyPatch) -> Callable[[bytes], None]:
+    """Sets what ``orcd`` reads from stdin."""
+
+    def give(data: bytes) -> None:
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data)))
+
+    return give

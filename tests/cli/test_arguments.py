@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import io
-import shlex
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from orcd_jax import __version__
-from orcd_jax.cli.arguments import MAX_PROMPT_BYTES, Address, Arguments, Job, UsageError, parse
+from orcd_jax.cli.arguments import Arguments, Target, parse
+from orcd_jax.cli.job import MAX_PROMPT_BYTES, Job
+from orcd_jax.cli.values import Address, UsageError
 from orcd_jax.errors import ExitCode
 from tests.cli.conftest import Orcd
-from tests.server.fake_worker import OTHER_TOKEN, TOKEN
+from tests.server.fake_worker import CONTROL_TOKEN, OTHER_TOKEN, TOKEN
 
 HELLO = Job(
     prompt="hello",
@@ -36,24 +36,27 @@ def environment(token_file: Path) -> dict[str, str]:
     return {"ORCD_TOKEN_FILE": str(token_file)}
 
 
+def parsed(environment: dict[str, str], *argv: str) -> Arguments:
+    """A call of a worker."""
+    found = parse(argv, environment)
+    assert isinstance(found, Arguments)
+    return found
+
+
 def job(environment: dict[str, str], *argv: str) -> Job:
-    parsed = parse(["execute", *argv], environment)
-    assert parsed is not None
-    assert parsed.job is not None
-    return parsed.job
-
-
-def stdin(monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
-    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data)))
+    found = parsed(environment, "execute", *argv).job
+    assert found is not None
+    return found
 
 
 # -- what is taken -----------------------------------------------------------------------------------------------------
 
 
-def test_a_prompt_alone_is_a_greedy_job_of_at_most_256_tokens_at_the_local_worker(environment: dict[str, str]) -> None:
-    assert parse(["execute", "hello"], environment) == Arguments(
-        command="execute", address=Address("127.0.0.1", 50051), token=TOKEN, json=False, job=HELLO
-    )
+def test_a_prompt_alone_is_a_greedy_job_of_at_most_256_tokens_at_the_local_worker(
+    environment: dict[str, str], token_file: Path
+) -> None:
+    local = Target(address=Address("127.0.0.1", 50051), token=TOKEN, token_file=str(token_file), tls=None)
+    assert parsed(environment, "execute", "hello") == Arguments(command="execute", target=local, json=False, job=HELLO)
 
 
 ALL_FLAGS = {
@@ -103,9 +106,9 @@ def test_what_follows_two_dashes_is_the_prompt_even_when_it_begins_with_dashes(
 
 
 def test_a_dash_reads_the_prompt_from_stdin_as_it_is(
-    environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    environment: dict[str, str], stdin: Callable[[bytes], None]
 ) -> None:
-    stdin(monkeypatch, "  drei Zeilen\nüber\r\nGPUs 🚀\n".encode())
+    stdin("  drei Zeilen\nüber\r\nGPUs 🚀\n".encode())
     assert job(environment, "-").prompt == "  drei Zeilen\nüber\r\nGPUs 🚀\n"
 
 
@@ -113,65 +116,24 @@ def test_flags_go_before_the_environment(environment: dict[str, str], tmp_path: 
     other = tmp_path / "other"
     other.write_text(OTHER_TOKEN, encoding="ascii")
     environment["ORCD_ADDRESS"] = "127.0.0.1:1"
-    parsed = parse(["ready", "--address=127.0.0.1:2", f"--token_file={other}", "--json"], environment)
-    assert parsed == Arguments(command="ready", address=Address("127.0.0.1", 2), token=OTHER_TOKEN, json=True, job=None)
+    there = Target(address=Address("127.0.0.1", 2), token=OTHER_TOKEN, token_file=str(other))
+    found = parsed(environment, "ready", "--address=127.0.0.1:2", f"--token_file={other}", "--json")
+    assert found == Arguments(command="ready", target=there, json=True)
 
 
 def test_the_environment_goes_before_the_default(environment: dict[str, str]) -> None:
     environment["ORCD_ADDRESS"] = "worker-1.example:7"
-    parsed = parse(["status"], environment)
-    assert parsed is not None
-    assert parsed.address == Address("worker-1.example", 7)
+    assert parsed(environment, "status").target.address == Address("worker-1.example", 7)
 
 
 def test_an_ipv6_address_is_in_brackets(environment: dict[str, str]) -> None:
-    parsed = parse(["ready", "--address=[::1]:50051"], environment)
-    assert parsed is not None
-    assert (parsed.address, str(parsed.address)) == (Address("::1", 50051), "[::1]:50051")
+    address = parsed(environment, "ready", "--address=[::1]:50051").target.address
+    assert (address, str(address)) == (Address("::1", 50051), "[::1]:50051")
 
 
 def test_of_two_tokens_of_a_rotation_the_first_is_used(environment: dict[str, str], token_file: Path) -> None:
     token_file.write_text(f"\n{OTHER_TOKEN} \r\n{TOKEN}\n", encoding="ascii")
-    parsed = parse(["ready"], environment)
-    assert parsed is not None
-    assert parsed.token == OTHER_TOKEN
-
-
-# -- help --------------------------------------------------------------------------------------------------------------
-
-
-def test_the_version_is_the_packages(alone: Orcd) -> None:
-    shown = alone("--version")
-    assert (shown.code, shown.out) == (ExitCode.OK, f"orcd {__version__}\n")
-
-
-def test_help_names_the_commands_and_has_an_example(alone: Orcd) -> None:
-    shown = alone("--help")
-    assert shown.code is ExitCode.OK
-    assert shown.err == ""
-    for wanted in ("execute", "ready", "status", "example:", "orcd execute --", "ORCD_ADDRESS", "ORCD_TOKEN_FILE"):
-        assert wanted in shown.out
-
-
-@pytest.mark.parametrize("command", ["execute", "ready", "status"])
-def test_help_of_a_command_has_an_example_that_parses(
-    alone: Orcd, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch, command: str
-) -> None:
-    stdin(monkeypatch, b"x")
-    shown = alone(command, "--help")
-    assert shown.code is ExitCode.OK
-    examples = [line for line in shown.out.splitlines() if f"orcd {command} --token_file=token" in line]
-    assert examples
-    for example in examples:
-        words = shlex.split(example.partition("&&")[0])
-        argv = [word for word in words[words.index("orcd") + 1 :] if word != "--token_file=token"]
-        assert parse(argv, environment) is not None
-
-
-def test_help_of_execute_names_every_flag(alone: Orcd) -> None:
-    shown = alone("execute", "--help").out
-    for flag in (*ALL_FLAGS, "--chat", "--ignore_eos", "--stop", "--json", "--address", "--token_file"):
-        assert f"{flag} " in shown
+    assert parsed(environment, "ready").target.token == OTHER_TOKEN
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------
@@ -180,13 +142,32 @@ def test_help_of_execute_names_every_flag(alone: Orcd) -> None:
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        ((), "execute, ready or status"),
+        ((), "a command is missing: execute, ready, status, plan, commit, attest, keygen, sign, verify, audit"),
         (("generate",), "'execute', 'ready', 'status'"),
         (("execute",), "PROMPT is missing"),
         (("execute", ""), "PROMPT is empty"),
         (("execute", "--", ""), "PROMPT is empty"),
         (("execute", "two", "words"), "put it in quotes"),
         (("ready", "now"), "only flags"),
+        (("plan", "one", "two"), "'two' is too much: only flags are taken after the first"),
+        (("sign",), "DIRECTORY, --key_file are missing"),
+        (("sign", "model"), "--key_file is missing"),
+        (("verify",), "DIRECTORY is missing"),
+        (("keygen",), "FILE is missing"),
+        (("audit",), "DIRECTORY is missing"),
+        (("plan", "--model=x"), "--model: there is no such flag"),
+        (("plan", "--slots=-1"), "--slots: '-1' is not a whole number"),
+        (("plan", "--device_memory=24GiB"), "MODEL is missing: with --device_memory it is the directory"),
+        (("plan", "model", "--device_memory=much"), "--device_memory: 'much' is not a size"),
+        (("plan", "--device=NVIDIA H200"), "--device goes with --device_memory"),
+        (("commit", "--expected_digest=abc"), "--expected_digest: it must be 64 hex digits"),
+        (("commit", "--signature_file=/no/where"), "--signature_file: '/no/where' cannot be read (No such file"),
+        (("attest", "--identity=abc"), "--identity: it must be 64 hex digits"),
+        (("attest", "--expected_digest=" + "g" * 64), "--expected_digest"),
+        (("ready", "--wait=0"), "--wait: '0' is not allowed"),
+        (("ready", "--tls_cert_file=x"), "--tls_cert_file goes with --tls_ca_file"),
+        (("ready", "--tls_key_file=x"), "--tls_key_file goes with --tls_ca_file"),
+        (("audit", "folder", "--head=12"), "--head: it must be SEQ:HASH"),
         (("execute", "--max_tok=1", "x"), "did you mean --max_tokens?"),
         (("execute", "--temprature", "1", "x"), "did you mean --temperature?"),
         (("execute", "--max-tokens=1", "x"), "did you mean --max_tokens?"),
@@ -246,11 +227,42 @@ def test_an_address_that_is_none_is_refused_with_an_example(alone: Orcd, address
     assert shown.err.count("\n") == 1
 
 
-def test_no_token_file_is_refused_with_the_way_to_give_one(alone: Orcd, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (("ready",), "there is no token: give --token_file=FILE or set ORCD_TOKEN_FILE\n"),
+        (("execute", "x"), "there is no token: give --token_file=FILE or set ORCD_TOKEN_FILE\n"),
+        *(
+            ((name,), "there is no control token: give --token_file=FILE or set ORCD_CONTROL_TOKEN_FILE\n")
+            for name in ("plan", "commit", "attest", "status")
+        ),
+    ],
+)
+def test_no_token_file_is_refused_with_the_way_to_give_the_right_one(
+    alone: Orcd, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...], said: str
+) -> None:
     monkeypatch.delenv("ORCD_TOKEN_FILE")
-    shown = alone("ready")
-    assert shown.code is ExitCode.USAGE
-    assert "--token_file=FILE or set ORCD_TOKEN_FILE" in shown.err
+    monkeypatch.delenv("ORCD_CONTROL_TOKEN_FILE")
+    shown = alone(*command)
+    assert (shown.code, shown.err) == (ExitCode.USAGE, f"error: {said}")
+
+
+def test_the_control_token_is_for_what_needs_it_and_for_nothing_else(
+    environment: dict[str, str], token_file: Path, tmp_path: Path
+) -> None:
+    control = tmp_path / "mine"
+    control.write_text(CONTROL_TOKEN, encoding="ascii")
+    environment["ORCD_CONTROL_TOKEN_FILE"] = str(control)
+    for command in ("plan", "commit", "attest", "status"):
+        target = parsed(environment, command).target
+        assert (target.token, target.token_file) == (CONTROL_TOKEN, str(control))
+        assert parsed(environment, command, f"--token_file={token_file}").target.token == TOKEN
+    assert parsed(environment, "ready").target.token == TOKEN
+    assert parsed(environment, "execute", "x").target.token == TOKEN
+
+
+def test_a_call_does_not_show_its_token(environment: dict[str, str]) -> None:
+    assert TOKEN not in repr(parsed(environment, "ready"))
 
 
 @pytest.mark.parametrize(
@@ -280,9 +292,9 @@ def test_a_token_file_that_is_not_there_is_refused_with_the_reason(alone: Orcd, 
     ids=["empty", "not UTF-8", "too long"],
 )
 def test_stdin_that_holds_no_prompt_is_refused(
-    environment: dict[str, str], monkeypatch: pytest.MonkeyPatch, data: bytes, said: str
+    environment: dict[str, str], stdin: Callable[[bytes], None], data: bytes, said: str
 ) -> None:
-    stdin(monkeypatch, data)
+    stdin(data)
     with pytest.raises(UsageError, match=said):
         job(environment, "-")
 

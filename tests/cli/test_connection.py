@@ -120,6 +120,22 @@ def test_the_connection_is_taken_and_nothing_said(alone: Orcd, monkeypatch: pyte
         assert_unreachable(alone(*EXECUTE, f"--address=127.0.0.1:{port}"), "there is no answer within 0.2 s")
 
 
+def test_a_peer_that_takes_no_more_does_not_keep_the_caller(alone: Orcd) -> None:
+    """The prompt fills every buffer on the way, so that the connection cannot be closed in peace."""
+    done = threading.Event()
+
+    def reads_nothing(taken: socket.socket) -> None:
+        wide = bytes((0, 0, 6, 4, 0, 0, 0, 0, 0, 0, 4, 127, 255, 255, 255))  # a stream may send 2 GiB
+        taken.sendall(wide + bytes((0, 0, 4, 8, 0, 0, 0, 0, 0, 127, 0, 0, 0)))  # and so may all together
+        assert done.wait(WAIT_S)
+
+    with peer(reads_nothing) as port:
+        shown = alone("execute", "--timeout=0.3", "long " * 800_000, f"--address=127.0.0.1:{port}")
+        done.set()
+    assert (shown.code, shown.out) == (ExitCode.FAILED, "")
+    assert shown.err.startswith("error: TIMEOUT: ")
+
+
 def test_an_attempt_to_connect_takes_at_most_five_seconds() -> None:
     assert connection.CONNECT_TIMEOUT_S == 5.0
 
@@ -137,10 +153,13 @@ def test_http2_that_breaks_its_own_rules(alone: Orcd) -> None:
     assert "there is no answer" not in shown.err  # of a second connection, which nobody takes
 
 
-def test_a_question_is_not_waited_for_for_ever(alone: Orcd, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connection, "ANSWER_TIMEOUT_S", 0.2)
+@pytest.mark.parametrize(("command", "limit"), [("ready", "ANSWER_TIMEOUT_S"), ("attest", "PROOF_TIMEOUT_S")])
+def test_a_question_is_not_waited_for_for_ever(
+    alone: Orcd, monkeypatch: pytest.MonkeyPatch, command: str, limit: str
+) -> None:
+    monkeypatch.setattr(connection, limit, 0.2)
     with peer(polite_then_silent) as port:
-        assert_unreachable(alone("ready", f"--address=127.0.0.1:{port}"), "there is no answer within 0.2 s")
+        assert_unreachable(alone(command, f"--address=127.0.0.1:{port}"), "there is no answer within 0.2 s")
 
 
 @pytest.mark.parametrize("talk", [polite_then_silent, answers_four_pings_then_silent], ids=lambda talk: talk.__name__)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from orcd_jax.cli.arguments import Address, parse
+from orcd_jax.cli.arguments import Arguments, parse
 from orcd_jax.cli.connection import Connection
 from orcd_jax.cli.execute import request
 from orcd_jax.cli.main import main
@@ -21,7 +21,7 @@ from orcd_jax.engine.request import Ended, Failed, FinishReason, Tokens
 from orcd_jax.errors import ErrorCode, ExitCode, OrcdError
 from orcd_jax.worker.types import ChatMessage, ChatPrompt, ExecuteParams, WorkerEvent
 from tests.cli.conftest import Orcd
-from tests.server.fake_worker import ENDED, OTHER_TOKEN, STARTED, STORY, TOKEN, WAIT_S, Served, hang_after, play
+from tests.server.fake_worker import ENDED, OTHER_TOKEN, STARTED, STORY, WAIT_S, Served, hang_after, play
 
 ASK = ("execute", "--max_tokens=8", "hello")
 BUSY = OrcdError(ErrorCode.BUSY, "all 4 slots are taken", retry_after_ms=250)
@@ -300,12 +300,14 @@ def test_a_message_of_the_worker_cannot_steer_the_terminal(orcd: Orcd, served: S
 
 @pytest.mark.parametrize("command", [ASK, ("ready",), ("status",)], ids=lambda command: command[0])
 def test_a_wrong_token_has_its_own_exit_code(
-    orcd: Orcd, served: Served, token_file: Path, command: tuple[str, ...]
+    orcd: Orcd, served: Served, tmp_path: Path, command: tuple[str, ...]
 ) -> None:
-    token_file.write_text("w" * 32, encoding="ascii")
-    shown = orcd(*command)
+    wrong = tmp_path / "wrong"
+    wrong.write_text("w" * 32, encoding="ascii")
+    shown = orcd(command[0], f"--token_file={wrong}", *command[1:])
     assert (shown.code, shown.out) == (ExitCode.UNAUTHENTICATED, "")
     assert shown.err.startswith("error: AUTH_FAILED: ")
+    assert shown.err.endswith(f" (the token is from '{wrong}')\n")
     assert served.worker.calls == 0
 
 
@@ -325,13 +327,14 @@ def test_the_timeout_ends_a_job_that_takes_longer(orcd: Orcd, served: Served) ->
 
 def test_a_job_that_is_no_longer_read_is_cancelled_while_the_connection_stays(served: Served, token_file: Path) -> None:
     served.worker.script = hang_after(STARTED)
-    arguments = parse(["execute", "--max_tokens=8", "x"], {"ORCD_TOKEN_FILE": str(token_file)})
-    assert arguments is not None
+    where = f"--address=127.0.0.1:{served.port}"
+    arguments = parse(["execute", where, "--max_tokens=8", "x"], {"ORCD_TOKEN_FILE": str(token_file)})
+    assert isinstance(arguments, Arguments)
     assert arguments.job is not None
-    ask = request(arguments.job)
+    target, ask = arguments.target, request(arguments.job)
 
     async def leave() -> bool:
-        async with Connection(Address("127.0.0.1", served.port), TOKEN) as worker:
+        async with Connection(target) as worker:
             async with aclosing(worker.execute(ask, None)) as told:
                 assert (await anext(told)).started is not None
             closed = await asyncio.to_thread(served.worker.closed.wait, WAIT_S)

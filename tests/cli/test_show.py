@@ -10,9 +10,18 @@ import pytest
 from orcd_jax.errors import ExitCode
 from orcd_jax.worker.types import ReadyInfo
 from tests.cli.conftest import Orcd
+from tests.cli.conftest import table as rows_of
 from tests.server.fake_worker import CAPABILITIES, HANDLE, STATUS, Served
 
-LOADING = ReadyInfo(ready=False, state="LOADING", handles=(), capabilities=CAPABILITIES, last_digest_age_ms=None)
+KEY = b"k" * 32
+LOADING = ReadyInfo(
+    ready=False,
+    state="LOADING",
+    handles=(),
+    capabilities=CAPABILITIES,
+    last_digest_age_ms=None,
+    identity_public_key=KEY,
+)
 
 
 def answer_ready(served: Served, monkeypatch: pytest.MonkeyPatch, info: ReadyInfo) -> None:
@@ -22,12 +31,12 @@ def answer_ready(served: Served, monkeypatch: pytest.MonkeyPatch, info: ReadyInf
 def test_a_ready_worker_is_told_by_exit_code_and_by_a_table(orcd: Orcd) -> None:
     shown = orcd("ready")
     assert (shown.code, shown.err) == (ExitCode.OK, "")
-    table = dict(line.split(maxsplit=1) for line in shown.out.splitlines())
+    table = rows_of(shown.out)
     assert table["ready"] == "yes"
     assert table["model"] == "tiny"
-    assert table["digest"] == "d" * 64
+    assert table["digest"] == "d" * 64 + " (pinned)"
     assert table["memory"] == "emulated on the CPU"
-    assert table["proved"] == "15 ms ago"
+    assert table["proved"] == "every byte, within the last 15 ms"
 
 
 def test_values_are_aligned_and_lines_end_without_blanks(orcd: Orcd) -> None:
@@ -51,6 +60,7 @@ def test_ready_as_json_is_one_object(orcd: Orcd) -> None:
         "handles": [dataclasses.asdict(HANDLE)],
         "capabilities": capabilities,
         "last_digest_age_ms": 15,
+        "identity_public_key": KEY.hex(),
     }
 
 
@@ -76,6 +86,7 @@ def test_not_ready_as_json_has_the_same_fields(orcd: Orcd, served: Served, monke
         "model": "",
         "handles": [],
         "last_digest_age_ms": None,
+        "identity_public_key": KEY.hex(),
     }
 
 
@@ -83,13 +94,11 @@ def test_memory_and_time_are_told_as_a_person_says_them(
     orcd: Orcd, served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     handle = dataclasses.replace(HANDLE, emulated=False, vram_bytes=16_100_000_000, pinned=False)
-    info = ReadyInfo(
-        ready=True, state="READY", handles=(handle,), capabilities=CAPABILITIES, last_digest_age_ms=125_000
-    )
+    info = dataclasses.replace(LOADING, ready=True, state="READY", handles=(handle,), last_digest_age_ms=125_000)
     answer_ready(served, monkeypatch, info)
-    table = dict(line.split(maxsplit=1) for line in orcd("ready").out.splitlines())
+    table = rows_of(orcd("ready").out)
     assert table["memory"] == "16.1 GB in VRAM"
-    assert table["proved"] == "2 min 5 s ago"
+    assert table["proved"] == "every byte, within the last 2 min 5 s"
     assert table["digest"].endswith(" (not pinned)")
 
 
@@ -100,13 +109,38 @@ def test_status_is_a_table(orcd: Orcd, served: Served, monkeypatch: pytest.Monke
     monkeypatch.setattr(served.worker, "status", lambda: info)
     shown = orcd("status")
     assert (shown.code, shown.err) == (ExitCode.OK, "")
-    table = dict(line.split(maxsplit=1) for line in shown.out.splitlines())
+    table = rows_of(shown.out)
     assert table["status"] == "busy"
     assert table["jobs"] == "3 of 9"
     assert table["uptime"] == "13 ms"
     assert table["memory"] == "16.1 GB of 20.0 GB planned"
-    assert table["loading"] == "compile: 14 %"
+    assert table["loading"] == "compiling: 14 %"
+    assert table["detection"] == "a changed bit stops the worker within 18 ms"
+    assert table["metrics"] == "http://127.0.0.1:19/metrics, on its host"
+    assert table["audit"] == f"20:{STATUS.audit_hash}"
     assert "driver" not in table
+
+
+def test_status_of_a_worker_that_holds_nothing_claims_nothing(
+    orcd: Orcd, served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nothing = dict.fromkeys(("model_ref", "digest", "quant", "tokenizer", "load_stage", "audit_hash"), "")
+    numbers = ("max_context", "slots_total", "slots_used", "vram_used_bytes", "vram_planned_bytes", "audit_seq")
+    info = dataclasses.replace(
+        STATUS,
+        status="starting",
+        state="STARTING",
+        resident=False,
+        emulated=False,
+        seal_age_ms=None,
+        metrics_port=0,
+        **nothing,  # type: ignore[arg-type]
+        **dict.fromkeys(numbers, 0),  # type: ignore[arg-type]
+    )
+    monkeypatch.setattr(served.worker, "status", lambda: info)
+    table = rows_of(orcd("status").out)
+    assert list(table) == ["status", "state", "worker", "pool", "version", "uptime", "memory", "device", "compute"]
+    assert table["memory"] == "no model is resident"
 
 
 def test_status_as_json_holds_every_field(orcd: Orcd) -> None:
