@@ -14,26 +14,50 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "orcd_jax"
 
 # What each part of the package may import of the others, besides itself and the leaves.
-LEAVES = {"config", "errors", "telemetry", "tokenizer", ""}
+LEAVES = {"config", "config_files", "errors", "telemetry", "tokenizer", ""}
 MAY_IMPORT: dict[str, set[str]] = {
-    "main": {"command_line", "server", "worker"},
-    "command_line": set(),
-    "cli": {"api"},
-    "server": {"worker", "engine", "api"},
-    "worker": {"engine", "checkpoint", "device", "models"},
+    "main": {"command_line", "config_files", "device", "environment", "serving", "wiring", "worker"},
+    "wiring": {"checkpoint", "device", "residency", "server", "serving", "worker"},
+    "serving": {"worker"},
+    "environment": {"device", "residency"},
+    "command_line": {"config_sources"},
+    "config_sources": {"config_files"},
+    "config_files": set(),
+    "config_rules": set(),
+    "cli": {"api", "checkpoint", "residency"},
+    "server": {"worker", "engine", "api", "checkpoint"},
+    "worker": {"engine", "residency", "checkpoint", "device", "models"},
     "engine": {"models", "device", "kernels"},
+    "residency": {"checkpoint", "models", "kernels", "device"},
     "checkpoint": {"models"},
     "models": {"kernels"},
     "kernels": set(),
     "device": set(),
     "api": set(),
-    "config": set(),
+    "config": {"config_rules"},
     "errors": set(),
     "telemetry": set(),
     "tokenizer": set(),
 }
 # What a person's command or a message passes through; the rest is the device plane.
-JAX_FREE = {"", "main", "command_line", "config", "errors", "telemetry", "tokenizer", "cli", "server", "api"}
+JAX_FREE = {
+    "",
+    "main",
+    "wiring",
+    "serving",
+    "environment",
+    "command_line",
+    "config",
+    "config_sources",
+    "config_files",
+    "config_rules",
+    "errors",
+    "telemetry",
+    "tokenizer",
+    "cli",
+    "server",
+    "api",
+}
 
 
 def modules() -> list[Path]:
@@ -123,9 +147,16 @@ def test_every_module_has_a_docstring_and_stays_under_its_size() -> None:
 
 def test_every_library_that_is_imported_is_declared() -> None:
     project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    declared = {re.split(r"[^A-Za-z0-9_.-]", line)[0] for line in project["dependencies"]}
+    extras = project["optional-dependencies"]
+    lines = [*project["dependencies"], *extras["otel"], *extras["signing"]]
+    declared = {re.split(r"[^A-Za-z0-9_.-]", line)[0] for line in lines}
     # Where the name to import is not the name to install.
-    modules_of = {"absl-py": "absl", "orbax-checkpoint": "orbax", "protobuf": "google"}
+    modules_of = {
+        "absl-py": "absl",
+        "opentelemetry-sdk": "opentelemetry",
+        "orbax-checkpoint": "orbax",
+        "protobuf": "google",
+    }
     known = (
         {modules_of.get(name, name.replace("-", "_")) for name in declared}
         | set(sys.stdlib_module_names)
@@ -133,3 +164,10 @@ def test_every_library_that_is_imported_is_declared() -> None:
     )
     used = {name.split(".")[0] for path in modules() for name in imports(path)}
     assert used <= known, f"not in pyproject.toml: {sorted(used - known)}"
+
+
+@pytest.mark.requirement("WORKER-4403")
+def test_only_the_boundary_asks_a_device_about_itself() -> None:
+    questions = re.compile(r"\.memory_stats\(|local_devices\(|unsafe_buffer_pointer|cuPointer|nvmlDevice")
+    asking = {path for path in modules() if questions.search(path.read_text(encoding="utf-8"))}
+    assert {part_of(name_of(path)) for path in asking} == {"device"}

@@ -68,6 +68,7 @@ def rms(values: NDArray[np.float32]) -> float:
 
 
 @pytest.mark.requirement("WORKER-4700")
+@pytest.mark.requirement("WORKER-4997")
 @pytest.mark.parametrize("name", VARIANTS)
 def test_float32_logits_equal_those_of_transformers(name: str, pair: Build) -> None:
     model = pair(name, "float32")

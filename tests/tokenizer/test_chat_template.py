@@ -28,6 +28,7 @@ def user(content: str = "hi") -> list[ChatMessage]:
     return [ChatMessage(role="user", content=content)]
 
 
+@pytest.mark.requirement("WORKER-4248")
 def test_a_conversation_is_rendered_as_the_template_says() -> None:
     assert template(CHATML).render(user(" hi ")) == (
         "<|im_start|>system\nBe kind<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
@@ -56,6 +57,7 @@ BOMBS = [
 ]
 
 
+@pytest.mark.requirement("WORKER-4248")
 @pytest.mark.parametrize("source", BOMBS)
 def test_a_hostile_template_fails_quickly_and_cheaply(source: str) -> None:
     bomb = template(source)
