@@ -106,6 +106,7 @@ def is_module(dotted: str) -> bool:
     return dotted.startswith("orcd_jax.") and (at.is_dir() or at.with_suffix(".py").is_file())
 
 
+@pytest.mark.requirement("WORKER-4010")
 @pytest.mark.parametrize("path", modules(), ids=lambda path: name_of(path))
 def test_imports_point_one_way(path: Path) -> None:
     part = part_of(name_of(path))
@@ -117,6 +118,7 @@ def test_imports_point_one_way(path: Path) -> None:
     assert parts <= allowed, f"{name_of(path)} imports {sorted(parts - allowed)}"
 
 
+@pytest.mark.requirement("WORKER-4011")
 @pytest.mark.parametrize("path", modules(), ids=lambda path: name_of(path))
 def test_only_the_device_plane_imports_jax(path: Path) -> None:
     if part_of(name_of(path)) in JAX_FREE:
@@ -129,6 +131,7 @@ def test_what_runs_before_the_environment_is_set_does_not_import_jax(module: str
     assert subprocess.run([sys.executable, "-c", script], cwd=PACKAGE.parent, check=False).returncode == 0
 
 
+@pytest.mark.requirement("WORKER-4010")
 def test_the_table_is_acyclic() -> None:
     done: set[str] = set()
     while len(done) < len(MAY_IMPORT):

@@ -311,6 +311,7 @@ def test_a_model_that_must_be_pinned_needs_something_that_pins_it(pinned: dict[s
     assert config(require_pinned=True, **pinned).require_pinned
 
 
+@pytest.mark.requirement("WORKER-4303")
 def test_a_digest_that_is_wrong_is_one_problem_and_not_two() -> None:
     (line,) = problems(require_pinned=True, expected_digest="abc")
     assert line.startswith("--expected_digest:")

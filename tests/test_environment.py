@@ -21,6 +21,7 @@ def test_root_is_refused_unless_allowed() -> None:
     refuse_root(parsed("--standalone"), 1000)
 
 
+@pytest.mark.requirement("WORKER-4712")
 def test_settings_of_jax_that_change_the_bits_are_dropped_from_the_environment() -> None:
     environment = {"JAX_THREEFRY_PARTITIONABLE": "0", "JAX_DEFAULT_MATMUL_PRECISION": "bfloat16", "HOME": "/root"}
     set_environment(parsed("--standalone", "--platform=cpu"), environment)
@@ -35,6 +36,7 @@ def test_the_platform_is_fixed_before_jax_whatever_the_environment_says() -> Non
     assert "CUDA_VISIBLE_DEVICES" not in environment
 
 
+@pytest.mark.requirement("WORKER-4621")
 def test_cuda_is_asked_for_alone_so_that_nothing_falls_back() -> None:
     environment: dict[str, str] = {}
     set_environment(parsed("--standalone"), environment)
@@ -77,6 +79,7 @@ def test_a_compile_cache_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
         set_environment(parsed("--standalone", f"--compile_cache_dir={tmp_path}/file/cache"), {})
 
 
+@pytest.mark.requirement("WORKER-4101")
 def test_an_environment_that_lets_memory_spill_is_refused_before_anything_is_set() -> None:
     environment = {"TF_FORCE_UNIFIED_MEMORY": "1"}
     with pytest.raises(OrcdError) as refused:

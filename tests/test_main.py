@@ -58,6 +58,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+@pytest.mark.requirement("WORKER-4621")
 def test_no_gpu_is_one_error_that_names_the_way_out(tmp_path: Path, token_file: Path) -> None:
     (tmp_path / "model").mkdir()
     done = start(tmp_path, token_file, "--allow_root", f"--rpc_port={free_port()}")
@@ -119,6 +120,7 @@ ASKED_BY_CALL = SIGNALS.replace('print("up", flush=True)', "stopping.set()")
 
 
 @pytest.mark.requirement("WORKER-4970")
+@pytest.mark.requirement("WORKER-4971")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_the_first_signal_asks_and_the_second_aborts(number: signal.Signals) -> None:
     with subprocess.Popen([sys.executable, "-c", SIGNALS], stdout=subprocess.PIPE, text=True) as process:

@@ -68,6 +68,7 @@ def test_plan_names_every_reason_why_not(worker: Worker) -> None:
 
 
 @pytest.mark.requirement("WORKER-4230")
+@pytest.mark.requirement("WORKER-4231")
 def test_before_a_commit_nothing_is_ready_and_jobs_are_refused(worker: Worker) -> None:
     ready = worker.ask("Ready")
     assert not ready.ready
@@ -78,6 +79,7 @@ def test_before_a_commit_nothing_is_ready_and_jobs_are_refused(worker: Worker) -
 
 
 @pytest.mark.requirement("WORKER-4220")
+@pytest.mark.requirement("WORKER-4225")
 def test_a_commit_of_weights_that_are_not_those_expected_loads_nothing(worker: Worker) -> None:
     with pytest.raises(grpc.RpcError) as refused:
         commit(worker, expected_digest="0" * 64)
@@ -95,6 +97,8 @@ def test_a_model_outside_of_the_roots_is_refused_without_its_path(worker: Worker
 
 
 @pytest.mark.requirement("WORKER-4221")
+@pytest.mark.requirement("WORKER-4031")
+@pytest.mark.requirement("WORKER-4224")
 def test_a_commit_streams_progress_and_ends_with_a_sealed_handle(worker: Worker, tiny_checkpoint: Path) -> None:
     events = commit(worker, expected_digest=digest_of(tiny_checkpoint), shard_id="shard-7")
     kinds = [event.WhichOneof("event") for event in events]
@@ -126,6 +130,7 @@ def test_another_model_is_refused_for_the_life_of_the_process(worker: Worker) ->
 
 
 @pytest.mark.requirement("WORKER-4255")
+@pytest.mark.requirement("WORKER-4001")
 def test_an_attestation_can_be_checked_by_whoever_asked(worker: Worker, tiny_checkpoint: Path) -> None:
     nonce = bytes(range(32))
     answer = worker.control("Attest", message("AttestRequest", nonce=nonce))

@@ -38,6 +38,7 @@ def kinds_of(events: list[Any]) -> list[str]:
 
 
 @pytest.mark.requirement("WORKER-4240")
+@pytest.mark.requirement("WORKER-4996")
 def test_the_official_client_streams_a_job(worker: Worker) -> None:
     events = list(worker.execute(job_id="a", max_tokens=12))
     kinds = [kind for kind in kinds_of(events) if kind != "metrics"]
@@ -152,6 +153,7 @@ def test_a_restarted_worker_gives_the_same_tokens(worker: Worker, tiny_checkpoin
 
 
 @pytest.mark.requirement("WORKER-4910")
+@pytest.mark.requirement("WORKER-4803")
 def test_the_token_is_in_no_line_of_the_log(tiny_checkpoint: Path, tmp_path: Path) -> None:
     started = Worker(tiny_checkpoint, tmp_path)
     started.wait_for("ready")

@@ -231,6 +231,7 @@ def test_a_worker_nobody_accounts_for_drains_and_exits_with_its_own_code(monkeyp
 
 
 @pytest.mark.requirement("WORKER-4023")
+@pytest.mark.requirement("WORKER-4961")
 def test_the_pool_manager_is_told_of_a_failure_with_its_code(monkeypatch: pytest.MonkeyPatch) -> None:
     record = Record(start_error=OrcdError(ErrorCode.MODEL_LOAD_FAILED, "no manifest"))
     pool = PoolManager(monkeypatch, record)

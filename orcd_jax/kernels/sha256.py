@@ -2,7 +2,7 @@
 
 The tree is that of ``docs/checkpoint.md``: SHA-256 each chunk of a slice, the last padded with zeros; concatenate the
 digests; repeat until one is left. The reference is ``hashlib``: ``checkpoint.digest.tree_root`` on a host, and the
-tests. FIPS 180-4 is the source of the constants and of the rounds.
+tests.
 
 The kernel reads the elements of every dtype in place, 16 bytes a load: a copy of the weights in a dtype that is easier
 to hash would cost time and memory. One launch hashes one level of the trees of all tensors it is given, because a
@@ -27,6 +27,8 @@ from jax.experimental.pallas import triton as pltriton
 from jaxtyping import Array, Int, Shaped, UInt32
 from numpy.typing import NDArray
 
+from orcd_jax.kernels.sha256_rounds import CONSTANTS, INITIAL, Vector, compress, swap_bytes
+
 CHUNK_BYTES = 4096
 BLOCK_BYTES = 64
 DIGEST_WORDS = 8
@@ -39,7 +41,6 @@ MAX_ELEMENTS = 2**31 - CHUNK_BYTES
 Grid = tuple[int | None, int]
 """How a tensor is cut: (axis, how many equal slices), or (None, 1)."""
 
-Vector = UInt32[Array, " lanes"]
 T = TypeVar("T")
 
 _BLOCKS = CHUNK_BYTES // BLOCK_BYTES
@@ -81,7 +82,7 @@ def forest_roots(
     growing = list(range(len(arrays)))  # whose tree has not come to its root
     while growing:
         digests = _hash_chunks(sources, tensors, lanes, interpret)
-        rows = itertools.accumulate((tensor.slices * tensor.chunks for tensor in tensors), initial=0)
+        rows = itertools.accumulate((tensor.rows for tensor in tensors), initial=0)
         above = []
         for index, tensor, row in zip(growing, tensors, rows, strict=False):
             if tensor.chunks == 1:
@@ -138,6 +139,11 @@ class _Tensor:
     def chunks(self) -> int:
         """Of one slice; one where there are no bytes."""
         return max(1, -(-self.length * self.item_bytes // CHUNK_BYTES))
+
+    @property
+    def rows(self) -> int:
+        """Digests of all its chunks."""
+        return self.slices * self.chunks
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,7 +273,7 @@ def _segments(tensors: Sequence[_Tensor]) -> list[_Segment]:
             if chunks:
                 segment = _Segment(tensor, first, chunks, row)
                 segments.setdefault(segment.reader, []).append(segment)
-        row += tensor.slices * tensor.chunks
+        row += tensor.rows
     return list(itertools.chain.from_iterable(segments.values()))
 
 
@@ -278,14 +284,12 @@ def _hash_chunks(
     segments = _segments(tensors)
     digests: Array = pl.pallas_call(
         functools.partial(_kernel, segments=segments, lanes=lanes),
-        out_shape=jax.ShapeDtypeStruct(
-            (sum(tensor.slices * tensor.chunks for tensor in tensors), DIGEST_WORDS), jnp.uint32
-        ),
+        out_shape=jax.ShapeDtypeStruct((sum(tensor.rows for tensor in tensors), DIGEST_WORDS), jnp.uint32),
         grid=(sum(segment.programs(lanes) for segment in segments),),
         compiler_params=pltriton.CompilerParams(num_warps=max(1, lanes // 32), num_stages=1),
         interpret=interpret,
         name="sha256_chunks",
-    )(jnp.asarray(_TABLE), *sources)
+    )(jnp.asarray(CONSTANTS), *sources)
     return digests
 
 
@@ -309,15 +313,15 @@ def _kernel(table, *refs, segments: Sequence[_Segment], lanes: int) -> None:  # 
                 for reader, start in readers.items()
             ],
         )
-        return tuple(_swap_bytes(word) for word in words)
+        return tuple(swap_bytes(word) for word in words)
 
     def hash_block(block: Array, state: tuple[Vector, ...]) -> tuple[Vector, ...]:
         words = lax.cond(block < _BLOCKS, load, lambda _: _vectors(_LAST_BLOCK, lanes), block)
-        return _compress(state, words, table)
+        return compress(state, words, table)
 
-    state = lax.fori_loop(0, _BLOCKS + 1, hash_block, _vectors(_INITIAL, lanes))
+    state = lax.fori_loop(0, _BLOCKS + 1, hash_block, _vectors(INITIAL, lanes))
     for column, value in enumerate(state):
-        digests[chunks.row, jnp.full((lanes,), column, jnp.int32)] = _swap_bytes(value)
+        digests[chunks.row, jnp.full((lanes,), column, jnp.int32)] = swap_bytes(value)
 
 
 def _vectors(values: NDArray[np.uint32], lanes: int) -> tuple[Vector, ...]:
@@ -335,61 +339,6 @@ def _choose(program: Int[Array, ""], choices: Sequence[tuple[int, Callable[[], T
     return result
 
 
-# -- SHA-256 -----------------------------------------------------------------------------------------------------------
-
-
-def _compress(state: tuple[Vector, ...], words: tuple[Vector, ...], table: Array) -> tuple[Vector, ...]:
-    """The state after one block. 64 rounds as a loop over 16: unrolled, they take ten times longer to compile."""
-
-    def group(
-        index: Array, carry: tuple[tuple[Vector, ...], tuple[Vector, ...]]
-    ) -> tuple[tuple[Vector, ...], tuple[Vector, ...]]:
-        mixed, now = carry
-        constants = [table[index * 16 + at] for at in range(16)]
-        return _rounds(mixed, now, constants), lax.cond(index < 3, _next_words, lambda same: same, now)
-
-    mixed, _ = lax.fori_loop(0, 4, group, (state, words))
-    return tuple(one + other for one, other in zip(state, mixed, strict=True))
-
-
-def _rounds(
-    state: tuple[Vector, ...], words: Sequence[Vector], constants: Sequence[UInt32[Array, ""]]
-) -> tuple[Vector, ...]:
-    a, b, c, d, e, f, g, h = state
-    for word, constant in zip(words, constants, strict=True):
-        first = h + (_rotate(e, 6) ^ _rotate(e, 11) ^ _rotate(e, 25)) + (g ^ (e & (f ^ g))) + constant + word
-        second = (_rotate(a, 2) ^ _rotate(a, 13) ^ _rotate(a, 22)) + ((a & b) | (c & (a | b)))
-        a, b, c, d, e, f, g, h = first + second, a, b, c, d + first, e, f, g
-    return a, b, c, d, e, f, g, h
-
-
-def _next_words(words: Sequence[Vector]) -> tuple[Vector, ...]:
-    """The next 16 words of the message schedule."""
-    w = list(words)
-    for at in range(16):
-        early, late = w[(at + 1) % 16], w[(at + 14) % 16]
-        w[at] = (
-            w[at]
-            + (_rotate(early, 7) ^ _rotate(early, 18) ^ (early >> np.uint32(3)))
-            + w[(at + 9) % 16]
-            + (_rotate(late, 17) ^ _rotate(late, 19) ^ (late >> np.uint32(10)))
-        )
-    return tuple(w)
-
-
-def _rotate(value: Vector, bits: int) -> Vector:
-    return (value >> np.uint32(bits)) | (value << np.uint32(32 - bits))
-
-
-def _swap_bytes(value: Vector) -> Vector:
-    return (
-        (value << np.uint32(24))
-        | ((value & np.uint32(0xFF00)) << np.uint32(8))
-        | ((value >> np.uint32(8)) & np.uint32(0xFF00))
-        | (value >> np.uint32(24))
-    )
-
-
 def _bits(value: Shaped[Array, " *shape"]) -> UInt32[Array, " *shape"]:
     """The bits of each element, whatever its dtype."""
     unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[value.dtype.itemsize]
@@ -404,28 +353,5 @@ def _item_bytes(dtype: jnp.dtype) -> int:
     return bits // 8
 
 
-def _root_bits(number: int, degree: int) -> int:
-    """The first 32 bits of the fractional part of a square or cube root, exactly."""
-    scaled = number << (32 * degree)
-    low, high = 0, 1 << 64  # the root of a small number, shifted by 32 bits
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if middle**degree <= scaled else (low, middle - 1)
-    return low & 0xFFFFFFFF
-
-
-def _first_primes(count: int) -> list[int]:
-    primes: list[int] = []
-    candidates = itertools.count(2)
-    while len(primes) < count:
-        candidate = next(candidates)
-        if all(candidate % prime for prime in primes):
-            primes.append(candidate)
-    return primes
-
-
-_PRIMES = _first_primes(64)
-_INITIAL = np.array([_root_bits(prime, 2) for prime in _PRIMES[:8]], np.uint32)
-_TABLE = np.array([_root_bits(prime, 3) for prime in _PRIMES], np.uint32)
 _LAST_BLOCK = np.array([0x8000_0000, *[0] * 14, CHUNK_BYTES * 8], np.uint32)
 """Of every chunk: a one, zeros, the chunk's length in bits."""

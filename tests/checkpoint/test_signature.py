@@ -232,6 +232,7 @@ def test_an_unreadable_signature_says_what_is_wrong(signature: bytes, why: str) 
 
 
 @pytest.mark.requirement("WORKER-4222")
+@pytest.mark.requirement("WORKER-4223")
 def test_nothing_of_the_manifest_is_parsed_before_its_signature_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     parsed: list[object] = []
     loads = json.loads

@@ -182,6 +182,7 @@ def test_a_signature_that_is_none_does_not_hold(orcd: Orcd, prover: Prover, sign
         ("--pool_id=p2", "pool_id"),
         ("--handle_id=h-2", "handle_id"),
     ],
+    ids=["identity", "digest", "pool", "handle"],
 )
 def test_a_good_one_of_something_else_does_not_hold(orcd: Orcd, prover: Prover, flag: str, field: str) -> None:
     assert prover.asked == []

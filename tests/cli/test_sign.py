@@ -254,6 +254,7 @@ def test_a_signature_is_never_taken_for_checked_without_a_key(model: Path, key: 
 
 
 @pytest.mark.requirement("WORKER-4222")
+@pytest.mark.requirement("WORKER-4223")
 def test_the_signature_is_checked_before_anything_of_the_model_is_read(
     model: Path, key: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

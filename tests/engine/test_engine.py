@@ -122,6 +122,7 @@ def test_a_device_failure_fails_every_job_and_stops_the_engine() -> None:
 
 
 @pytest.mark.requirement("WORKER-4400")
+@pytest.mark.requirement("WORKER-4401")
 def test_after_running_out_of_memory_the_next_job_succeeds() -> None:
     harness = Harness(ScriptedPrograms(fail_at=5, failure=MemoryError()))
     last = harness.run("a", 50)[-1]
@@ -158,6 +159,7 @@ def test_the_next_step_is_dispatched_before_the_last_one_is_read() -> None:
 
 
 @pytest.mark.requirement("WORKER-4032")
+@pytest.mark.requirement("WORKER-4502")
 def test_every_job_that_reaches_an_engine_while_it_dies_is_told() -> None:
     """Running, waiting for a row, still in the inbox: each gets one terminal event."""
     gate = threading.Semaphore(1)
@@ -176,6 +178,7 @@ def test_every_job_that_reaches_an_engine_while_it_dies_is_told() -> None:
     assert all(len(terminal(events)) == 1 for events in harness.events.values())
 
 
+@pytest.mark.requirement("WORKER-4502")
 def test_stopping_tells_waiting_jobs_too_and_lets_none_in_after() -> None:
     gate = threading.Semaphore(1)
     harness = Harness(ScriptedPrograms(gate=gate))
@@ -193,6 +196,7 @@ def test_stopping_tells_waiting_jobs_too_and_lets_none_in_after() -> None:
 
 
 @pytest.mark.requirement("WORKER-4400")
+@pytest.mark.requirement("WORKER-4402")
 def test_running_out_of_memory_again_and_again_stops_the_engine() -> None:
     harness = Harness(ScriptedPrograms(fail_from=3, failure=MemoryError()))
     for n in range(MAX_OOMS):
@@ -291,6 +295,7 @@ def test_a_stop_string_that_the_end_completes_counts() -> None:
     ],
 )
 @pytest.mark.requirement("WORKER-4410")
+@pytest.mark.requirement("WORKER-4411")
 def test_sampling_that_the_device_cannot_hold_is_refused_at_the_door(
     harness: Harness, wrong: dict[str, object]
 ) -> None:
@@ -305,6 +310,7 @@ def test_sampling_that_the_device_cannot_hold_is_refused_at_the_door(
     [((1,) * 60, 5, "max_tokens"), ((), 5, "prompt"), ((1,), 0, "prompt"), ((128,), 1, "prompt_token_ids")],
 )
 @pytest.mark.requirement("WORKER-4410")
+@pytest.mark.requirement("WORKER-4411")
 def test_a_job_that_could_never_run_is_refused_at_the_door(
     harness: Harness, prompt_ids: tuple[int, ...], max_tokens: int, field: str
 ) -> None:

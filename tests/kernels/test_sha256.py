@@ -16,7 +16,7 @@ import pytest
 from numpy.typing import NDArray
 
 from orcd_jax.checkpoint import digest as reference
-from orcd_jax.kernels import sha256
+from orcd_jax.kernels import sha256, sha256_rounds
 from orcd_jax.kernels.sha256 import CHUNK_BYTES, Grid, forest_roots, tree_roots
 from tests.checkpoint.tiny import root_by_hand
 
@@ -150,9 +150,9 @@ def test_whole_chunks_beside_a_rest_are_read_16_bytes_at_a_time() -> None:
 
 def test_the_constants_are_those_of_the_standard() -> None:
     """FIPS 180-4, 4.2.2 and 5.3.3: the first and the last of each."""
-    assert [hex(value) for value in sha256._INITIAL[[0, -1]]] == ["0x6a09e667", "0x5be0cd19"]
-    assert [hex(value) for value in sha256._TABLE[[0, -1]]] == ["0x428a2f98", "0xc67178f2"]
-    assert (len(sha256._INITIAL), len(sha256._TABLE)) == (8, 64)
+    assert [hex(value) for value in sha256_rounds.INITIAL[[0, -1]]] == ["0x6a09e667", "0x5be0cd19"]
+    assert [hex(value) for value in sha256_rounds.CONSTANTS[[0, -1]]] == ["0x428a2f98", "0xc67178f2"]
+    assert (len(sha256_rounds.INITIAL), len(sha256_rounds.CONSTANTS)) == (8, 64)
 
 
 def test_the_chunk_is_that_of_the_checkpoint() -> None:

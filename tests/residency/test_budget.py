@@ -180,6 +180,7 @@ def test_every_suggestion_fits_and_none_could_be_larger(at: Sizes, device: Devic
 
 
 @pytest.mark.requirement("WORKER-4103")
+@pytest.mark.requirement("WORKER-4152")
 def test_a_refusal_says_how_much_is_missing_where_and_what_would_fit() -> None:
     plan = plan_8b(DEFAULT, DeviceMemory(kind="NVIDIA L4", total_bytes=48 * GIB))
     assert not plan.feasible

@@ -30,6 +30,7 @@ def refusals(peer: Peer, count: int) -> list[grpc.RpcError]:
 
 
 @pytest.mark.requirement("WORKER-4420")
+@pytest.mark.requirement("WORKER-4423")
 def test_after_too_many_failures_a_token_is_not_even_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[AuthOutcome] = []
     with serving(limits=LIMITS, on_auth=told.append) as served, Peer(served.port) as peer:
@@ -54,6 +55,7 @@ def test_after_too_many_failures_a_token_is_not_even_looked_at(monkeypatch: pyte
 
 
 @pytest.mark.requirement("WORKER-4420")
+@pytest.mark.requirement("WORKER-4423")
 def test_a_holder_of_a_good_token_on_another_connection_is_not_held_up() -> None:
     with serving(limits=LIMITS) as served, Peer(served.port) as before, Peer(served.port) as attacker:
         assert before.unary("Ready").ready
@@ -104,6 +106,7 @@ def test_a_job_that_runs_on_the_connection_is_not_touched(served: Served) -> Non
 
 
 @pytest.mark.requirement("WORKER-4420")
+@pytest.mark.requirement("WORKER-4423")
 def test_an_address_may_fail_again_when_the_time_has_come() -> None:
     clock = Clock()
     failures = AuthFailures(Limits(auth_failures=2, auth_failures_per_s=0.5), clock)
@@ -118,6 +121,7 @@ def test_an_address_may_fail_again_when_the_time_has_come() -> None:
 
 
 @pytest.mark.requirement("WORKER-4420")
+@pytest.mark.requirement("WORKER-4423")
 def test_the_table_forgets_who_failed_longest_ago() -> None:
     failures = AuthFailures(Limits(auth_peers=3, auth_failures=1))
     for address in ("10.0.0.1", "10.0.0.2", "10.0.0.3", "10.0.0.1", "10.0.0.4"):

@@ -45,6 +45,7 @@ def name_in(metadata: Metadata) -> str:
 
 
 @pytest.mark.requirement("WORKER-4800")
+@pytest.mark.requirement("WORKER-4802")
 @pytest.mark.parametrize("name", ["a", "A-9", "x" * 64, "0af7651916cd43dd8448eb211c80319c"])
 def test_a_name_that_the_client_gives_comes_back_before_and_after_the_answer(peer: Peer, name: str) -> None:
     job = peer.execute(metadata=named(name))
@@ -53,6 +54,7 @@ def test_a_name_that_the_client_gives_comes_back_before_and_after_the_answer(pee
 
 
 @pytest.mark.requirement("WORKER-4800")
+@pytest.mark.requirement("WORKER-4802")
 @pytest.mark.parametrize(
     "names", [(), ("",), ("x" * 65,), ("a b",), ("a_b",), ("../x",), ("one", "two"), ("same", "same")]
 )
@@ -68,6 +70,7 @@ def test_without_one_that_is_well_formed_a_call_gets_a_fresh_one(peer: Peer, nam
 
 
 @pytest.mark.requirement("WORKER-4800")
+@pytest.mark.requirement("WORKER-4802")
 @pytest.mark.parametrize(
     ("path", "metadata"),
     [
@@ -85,6 +88,7 @@ def test_it_is_in_the_metadata_and_in_the_details_of_an_error(peer: Peer, path: 
 
 
 @pytest.mark.requirement("WORKER-4800")
+@pytest.mark.requirement("WORKER-4802")
 def test_it_is_in_the_error_event_of_a_job_and_in_the_log_of_a_bug(
     served: Served, peer: Peer, log_lines: Callable[[], list[dict[str, object]]]
 ) -> None:
@@ -124,6 +128,7 @@ def test_a_trace_that_the_client_is_in_reaches_the_handler(
 
 
 @pytest.mark.requirement("WORKER-4950")
+@pytest.mark.requirement("WORKER-4152")
 def test_amounts_that_did_not_fit_are_in_the_details(served: Served, peer: Peer) -> None:
     served.worker.script = play(OrcdError(ErrorCode.VRAM_OOM, "why", needed_bytes=2**40, available_bytes=0))
     detail = error_detail(failure(peer.execute()))

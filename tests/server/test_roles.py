@@ -105,6 +105,7 @@ def test_tokens_of_one_role_alone_are_execute_tokens() -> None:
 
 
 @pytest.mark.requirement("WORKER-4230")
+@pytest.mark.requirement("WORKER-4232")
 def test_ready_may_be_opened_and_nothing_else_is_opened_with_it() -> None:
     with serving(open_ready=True, limits=Limits(auth_failures=100)) as started, Peer(started.port) as peer:
         assert peer.unary("Ready", metadata=()).ready

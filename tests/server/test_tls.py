@@ -213,12 +213,14 @@ def test_a_client_that_never_ends_its_handshake_is_cut_off_and_counts_meanwhile(
 
 
 @pytest.mark.requirement("WORKER-4920")
+@pytest.mark.requirement("WORKER-4921")
 def test_with_a_certificate_of_the_right_authority_a_client_is_let_in(mutual: Served, ours: Authority) -> None:
     with Peer(mutual.port, trusting(ours, ours.issue("client", client=True))) as peer:
         assert peer.unary("Ready").ready
 
 
 @pytest.mark.requirement("WORKER-4920")
+@pytest.mark.requirement("WORKER-4921")
 @pytest.mark.parametrize("holds", ["none", "another authority's", "an expired one", "a server's"])
 def test_with_any_other_or_none_it_is_not_and_no_token_helps(
     mutual: Served, ours: Authority, theirs: Authority, holds: str
@@ -236,6 +238,7 @@ def test_with_any_other_or_none_it_is_not_and_no_token_helps(
 
 @pytest.mark.requirement("WORKER-4920")
 @pytest.mark.requirement("WORKER-4200")
+@pytest.mark.requirement("WORKER-4921")
 def test_a_certificate_does_not_replace_a_token(mutual: Served, ours: Authority) -> None:
     with Peer(mutual.port, trusting(ours, ours.issue("client", client=True))) as peer:
         assert failure(peer.execute(metadata=())).code() is grpc.StatusCode.UNAUTHENTICATED

@@ -23,6 +23,7 @@ from tests.worker.running import (
 
 
 @pytest.mark.requirement("WORKER-4032")
+@pytest.mark.requirement("WORKER-4960")
 def test_a_device_error_fails_every_live_job_stops_the_worker_and_says_why(
     fresh: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -40,6 +41,7 @@ def test_a_device_error_fails_every_live_job_stops_the_worker_and_says_why(
     assert refusal(fresh, job("b")).code is ErrorCode.NOT_READY
 
 
+@pytest.mark.requirement("WORKER-4401")
 def test_running_out_of_memory_fails_the_jobs_and_the_next_one_succeeds(
     fresh: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -48,6 +48,7 @@ def test_the_state_follows_the_jobs(running: Running) -> None:
     assert running.states[before:] == [State.EXECUTING, State.READY]
 
 
+@pytest.mark.requirement("WORKER-4248")
 def test_text_token_ids_and_chat_are_the_same_prompt(running: Running) -> None:
     worker = running.worker
     ids = running.run(worker.tokenize("in the", add_special=True))
@@ -67,6 +68,7 @@ def test_one_seed_gives_the_same_tokens_and_others_differ(running: Running) -> N
     assert len({sampled(seed) for seed in (1, 2, 2**32 + 1, 2**64 - 1)}) == 4
 
 
+@pytest.mark.requirement("WORKER-4247")
 def test_a_job_without_a_seed_says_which_it_got(running: Running) -> None:
     first = running.run(events_of(running.worker, job("e", max_tokens=16, temperature=1.0)))
     assert isinstance(first[0], Started)
@@ -91,6 +93,7 @@ def test_only_the_owner_can_cancel_and_nothing_follows(running: Running) -> None
 
 
 @pytest.mark.requirement("WORKER-4250")
+@pytest.mark.requirement("WORKER-4252")
 def test_the_same_job_id_of_another_owner_is_another_job(running: Running) -> None:
     held = LongJob(running, long_job("g"), "one")
     other = running.run(events_of(running.worker, job("g"), "two"))
@@ -99,6 +102,7 @@ def test_the_same_job_id_of_another_owner_is_another_job(running: Running) -> No
 
 
 @pytest.mark.requirement("WORKER-4250")
+@pytest.mark.requirement("WORKER-4252")
 def test_a_live_duplicate_is_refused_and_leaves_the_first_alone(running: Running) -> None:
     held = LongJob(running, long_job("h", max_tokens=60))
     error = refusal(running, job("h"))
@@ -172,6 +176,7 @@ def test_a_cancel_while_the_prompt_is_tokenised_refuses_the_job(
 
 
 @pytest.mark.requirement("WORKER-4240")
+@pytest.mark.requirement("WORKER-4244")
 def test_metrics_come_two_times_a_second_while_a_job_runs(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jobs_module, "METRICS_INTERVAL_S", 0.0)
     events = running.run(events_of(running.worker, long_job("r", max_tokens=50)))
@@ -191,6 +196,8 @@ def test_a_handle_that_is_not_loaded_is_not_found(running: Running) -> None:
     assert isinstance(running.run(events_of(running.worker, job("k", handle_id=handle.handle_id)))[-1], Ended)
 
 
+@pytest.mark.requirement("WORKER-4410")
+@pytest.mark.requirement("WORKER-4411")
 @pytest.mark.parametrize(
     ("changes", "field"),
     [
@@ -213,6 +220,7 @@ def test_a_context_that_is_just_full_is_taken(running: Running) -> None:
 
 
 @pytest.mark.requirement("WORKER-4240")
+@pytest.mark.requirement("WORKER-4242")
 def test_a_job_past_its_deadline_ends_with_timeout(running: Running) -> None:
     """Refused when it passed before the start, else the terminal event; which of them is the clock's choice."""
     assert running.run(outcome(running.worker, long_job("n", timeout_ms=1))) is ErrorCode.TIMEOUT

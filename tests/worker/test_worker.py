@@ -98,6 +98,7 @@ def test_a_model_that_does_not_load_stops_the_worker(tiny_checkpoint: Path, tmp_
     failing.close()
 
 
+@pytest.mark.requirement("WORKER-4031")
 def test_a_worker_that_is_stopped_while_it_loads_never_becomes_ready(
     tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
