@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from orcd_jax.engine.programs import Programs
 from orcd_jax.residency.prover import WeightProver
 from orcd_jax.worker import loader
 from tests.worker.running import Running, config_of
@@ -28,12 +29,12 @@ def test_each_stage_comes_after_the_one_before(tiny_checkpoint: Path, monkeypatc
 
         monkeypatch.setattr(owner, name, call)
 
-    for name in ("verify_files", "restore", "Programs", "warm_up", "check_residency", "seal", "Engine"):
+    for name in ("verify_files", "restore", "warm_up", "check_residency", "seal", "Engine"):
         noted(loader, name)
-    monkeypatch.setattr(loader.Programs, "NAMES", ("init", "prefill", "decode", "wipe"), raising=False)
+    noted(Programs, "__init__")
     noted(WeightProver, "prove_all")
     running.run(running.worker.start())
-    stages = ("verify_files", "restore", "Programs", "warm_up", "prove_all", "check_residency", "seal", "Engine")
+    stages = ("verify_files", "restore", "__init__", "warm_up", "prove_all", "check_residency", "seal", "Engine")
     assert order == [f"{stage} LOADING" for stage in stages]
     (handle,) = running.worker.ready().handles
     assert handle.sealed
