@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -68,6 +69,8 @@ def main(argv: Sequence[str]) -> ExitCode:
     log.configure(worker_id=config.worker_id, pool_id=config.pool_id, style=config.log_format, level=config.log_level)
     try:
         code = _live(config)
+    except _Stopped:
+        code = ExitCode.OK
     except Exception as error:  # the last line of defence: one line, one code, no traceback with data in it
         code = report(error)
     log.get_logger().info(log.EventCode.SHUTDOWN, human=narration.shutdown(exit_code=code), exit_code=int(code))
@@ -77,6 +80,7 @@ def main(argv: Sequence[str]) -> ExitCode:
 def _live(config: WorkerConfig) -> ExitCode:
     """One life, from the mark in the restart ledger to the last."""
     try:
+        signal.signal(signal.SIGTERM, _stop)  # until the event loop has a handler of its own, seconds later
         state = StateDirectory.open(config.state_dir, config.worker_id, os.environ)
         ledger = RestartLedger(state.restarts, max_restarts=config.max_restarts)
         ledger.start()
@@ -91,6 +95,8 @@ def _live(config: WorkerConfig) -> ExitCode:
     except KeyboardInterrupt:
         code = ExitCode.INTERRUPTED
         raise
+    except _Stopped:
+        code = ExitCode.OK
     except Exception as error:
         code = report(error)
     finally:
@@ -110,6 +116,15 @@ def _watched(config: WorkerConfig, state: StateDirectory, ledger: RestartLedger)
         return asyncio.new_event_loop().run_until_complete(run_worker(config, state, watchdog, ledger))
     finally:
         watchdog.close()
+
+
+class _Stopped(BaseException):
+    """SIGTERM came before there was anything to drain."""
+
+
+def _stop(number: int, frame: object) -> NoReturn:
+    del number, frame
+    raise _Stopped
 
 
 def _complain(problem: str) -> None:

@@ -118,9 +118,11 @@ async def serve(
     failing = asyncio.create_task(worker.wait_failed())
     telling = asyncio.create_task(_undelivered(config, worker, readiness, callback_token))
     await _first(stop, failing, telling, watching)
+    if not telling.done():
+        telling.cancel()  # a worker that ends is not ready any more
     code = ExitCode.OK
     if not failing.done():
-        if telling.done():
+        if telling.done() and not telling.cancelled():
             report(telling.exception() or telling.result())
             code = ExitCode.CALLBACK  # it holds memory that nobody accounts for
         elif watching.done():

@@ -6,6 +6,7 @@ anything is loaded, the second what changed on the way.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import stat
 import threading
@@ -75,6 +76,29 @@ def verify_files(
             list(pool.map(check, manifest.files))
         finally:
             pool.shutdown(cancel_futures=True)  # after one that differs, the others need no reading
+
+
+def read_verified(directory: Path, manifest: Manifest, name: str, most: int) -> bytes | None:
+    """The bytes of a listed file, compared with the manifest as they are; None when it lists no such file.
+
+    What is used are the bytes that were compared: a file that is exchanged after ``verify_files`` is found here.
+
+    Raises:
+      OrcdError: MODEL_LOAD_FAILED, when there are more than ``most``, they differ, or they cannot be read.
+    """
+    entry = next((entry for entry in manifest.files if entry.path == name), None)
+    if entry is None:
+        return None
+    if entry.size_bytes > most:
+        raise _differs(name, f"has {entry.size_bytes} bytes, over the limit of {most}")
+    try:
+        with (directory / name).open("rb") as file:
+            raw = file.read(entry.size_bytes + 1)
+    except OSError as error:
+        raise _differs(name, f"cannot be read ({error.strerror})") from None
+    if len(raw) != entry.size_bytes or hashlib.sha256(raw).hexdigest() != entry.sha256:
+        raise _differs(name, "was changed while the model was loaded")
+    return raw
 
 
 def verify_arrays(manifest: Manifest, params: Params, on_progress: OnProgress) -> None:

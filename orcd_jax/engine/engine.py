@@ -282,7 +282,9 @@ class Engine:
         if wait:
             self._turn_s = None
             with contextlib.suppress(queue.Empty):
-                self._inbox.get(timeout=self._guard.wait_s())()
+                message = self._inbox.get(timeout=self._guard.wait_s())
+                self._turn_s = self._clock()  # it may make the device prove something
+                message()
         while True:
             try:
                 message = self._inbox.get_nowait()
@@ -406,8 +408,7 @@ class Engine:
     def _recover(self, cause: Exception) -> OrcdError | None:
         """Fails every live job. After running out of memory, goes on with a fresh state; else says why it cannot."""
         error = translate(cause)
-        if error.code in (ErrorCode.SEAL_VERIFICATION_FAILED, ErrorCode.POLICY_VIOLATION):
-            self._take_back(error)
+        self._take_back(error)
         for job in tuple(self._jobs.values()):
             self._fail(job, error)
         self._state = None
@@ -423,7 +424,7 @@ class Engine:
         return None
 
     def _take_back(self, error: OrcdError) -> None:
-        """Nothing that was made of weights in doubt leaves: jobs whose end was not yet handed off fail instead."""
+        """Nothing leaves that the guard did not settle: jobs whose end was not yet handed off fail instead."""
         ended = dict.fromkeys(job for job, event in self._outbox if not isinstance(event, Tokens))
         self._outbox = [(job, Failed(error)) for job in ended]
 

@@ -64,6 +64,16 @@ class _Wish:
     done: OnProof
 
 
+@dataclass(frozen=True, slots=True)
+class _Flight(Generic[Pending]):
+    """A slice that is being read, and the pass it belongs to."""
+
+    index: int
+    began_s: float
+    pass_began_s: float
+    pending: Pending
+
+
 class SealGuard(Generic[Pending, State]):
     """Owns the schedule of proofs, on the engine thread except where said. ``engine.guard`` is what it serves."""
 
@@ -103,7 +113,7 @@ class SealGuard(Generic[Pending, State]):
         self._oldest_s = proved_s
         self._next, self._due_s = 0, proved_s
         self._pass_began_s = proved_s
-        self._in_flight: deque[tuple[int, float, Pending]] = deque()
+        self._in_flight: deque[_Flight[Pending]] = deque()
         self._wishes: list[_Wish] = []
         self._policy_due_s = clock() + POLICY_INTERVAL_S
 
@@ -157,6 +167,7 @@ class SealGuard(Generic[Pending, State]):
     def request(self, done: OnProof) -> None:
         """Wants a whole pass that begins now, made in slices between the steps."""
         self._wishes.append(_Wish(self._clock(), done))
+        self._verify_seal()
 
     def close(self, reason: OrcdError) -> None:
         """No turn follows: whoever waits for a pass is told why there is none."""
@@ -174,7 +185,7 @@ class SealGuard(Generic[Pending, State]):
         index = self._next
         if index == 0:
             self._pass_began_s = now
-        self._in_flight.append((index, now, self._prover.begin(index)))
+        self._in_flight.append(_Flight(index, now, self._pass_began_s, self._prover.begin(index)))
         self._begun_s[index] = now
         self._next = (index + 1) % len(self._sizes)
         pause_s = self._sizes[index] / self._total * PACE * self._bound_s
@@ -182,12 +193,17 @@ class SealGuard(Generic[Pending, State]):
         self._due_s = max(self._due_s, now - (1 - PACE) * self._bound_s) + pause_s
 
     def _finish(self) -> None:
-        index, began_s, pending = self._in_flight.popleft()
-        self._prover.finish(pending)
-        self._proved_s[index] = began_s
+        flight = self._in_flight.popleft()
+        index = flight.index
+        try:
+            self._prover.finish(flight.pending)
+        except BaseException:
+            self._begun_s[index] = self._proved_s[index]  # it was not proved, whatever the reason
+            raise
+        self._proved_s[index] = flight.began_s
         self._oldest_s = min(self._proved_s)
         if index == len(self._sizes) - 1:
-            self._on_pass(self._clock() - self._pass_began_s)
+            self._on_pass(self._clock() - flight.pass_began_s)
         for wish in [wish for wish in self._wishes if wish.since_s < self._oldest_s]:
             self._wishes.remove(wish)
             wish.done(None)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NoReturn, Protocol
 
 import minijinja
@@ -50,22 +49,6 @@ class ChatTemplate:
             self._environment()
         except minijinja.TemplateError:
             raise _invalid("it is not a valid template") from None
-
-    @classmethod
-    def load(cls, directory: Path, *, bos_token: str, eos_token: str) -> ChatTemplate | None:
-        """The template in a checkpoint directory, or None when the model has none.
-
-        Raises:
-          OrcdError: MODEL_LOAD_FAILED, when it is there but cannot be used.
-        """
-        try:
-            with (directory / CHAT_TEMPLATE_FILE).open("rb") as file:
-                source = file.read(MAX_TEMPLATE_BYTES + 1).decode()
-        except FileNotFoundError:
-            return None
-        except (OSError, UnicodeDecodeError):
-            raise _invalid("it cannot be read as UTF-8") from None
-        return cls(source, bos_token=bos_token, eos_token=eos_token)
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
         """The conversation as the model was trained to see it.

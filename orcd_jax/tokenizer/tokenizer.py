@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from tokenizers import Tokenizer as _Library
 
@@ -44,30 +43,6 @@ class Tokenizer:
             ) from None
         self._library.no_padding()
         self._library.no_truncation()
-
-    @classmethod
-    def load(
-        cls, directory: Path, *, vocab_size: int, bos_id: int | None, eos_ids: Sequence[int], add_bos: bool
-    ) -> Tokenizer:
-        """Loads ``tokenizer.json`` from a checkpoint directory.
-
-        Raises:
-          OrcdError: MODEL_LOAD_FAILED, when it is missing, too large or not a tokenizer.
-        """
-        try:
-            with (directory / TOKENIZER_FILE).open("rb") as file:
-                raw = file.read(MAX_FILE_BYTES + 1)
-        except OSError as error:
-            raise OrcdError(
-                ErrorCode.MODEL_LOAD_FAILED,
-                f"the model's tokenizer.json cannot be read ({error.strerror}): convert the model again",
-                field="tokenizer",
-            ) from None
-        if len(raw) > MAX_FILE_BYTES:
-            raise OrcdError(
-                ErrorCode.MODEL_LOAD_FAILED, f"tokenizer.json is larger than {MAX_FILE_BYTES} bytes", field="tokenizer"
-            )
-        return cls(raw, vocab_size=vocab_size, bos_id=bos_id, eos_ids=eos_ids, add_bos=add_bos)
 
     def encode(self, text: str, *, add_special: bool) -> tuple[int, ...]:
         """Token ids of a text; special tokens written in it are recognised, as upstream does.

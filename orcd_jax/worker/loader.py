@@ -15,10 +15,10 @@ from pathlib import Path
 
 import jax
 
-from orcd_jax.checkpoint.manifest import FileEntry, Manifest
+from orcd_jax.checkpoint.manifest import CHAT_TEMPLATE_FILE, TOKENIZER_FILE, FileEntry, Manifest
 from orcd_jax.checkpoint.progress import Progress
 from orcd_jax.checkpoint.restore import restore
-from orcd_jax.checkpoint.verify import verify_files
+from orcd_jax.checkpoint.verify import read_verified, verify_files
 from orcd_jax.config import WorkerConfig
 from orcd_jax.device import faults
 from orcd_jax.device.discovery import DeviceInfo
@@ -37,8 +37,8 @@ from orcd_jax.residency.prover import Pending, WeightProver
 from orcd_jax.residency.recorded import Analysis, record
 from orcd_jax.residency.seal import Seal, SealRecord, seal, verify
 from orcd_jax.telemetry.log import EventCode, get_logger
-from orcd_jax.tokenizer.chat_template import ChatTemplate
-from orcd_jax.tokenizer.tokenizer import Tokenizer
+from orcd_jax.tokenizer.chat_template import MAX_TEMPLATE_BYTES, ChatTemplate
+from orcd_jax.tokenizer.tokenizer import MAX_FILE_BYTES, Tokenizer
 from orcd_jax.worker.types import Handle
 
 OnProgress = Callable[[Progress], None]
@@ -233,22 +233,14 @@ def seal_model(
     if digest != manifest.digest:
         raise OrcdError(ErrorCode.SEAL_VERIFICATION_FAILED, "the digest from the device is not the manifest's")
     resident.load_seconds["prove"] = round(time.perf_counter() - began, 3)
-    record = SealRecord(
-        shard_id=shard_id or f"{manifest.digest[:16]}-0",
-        digest=digest,
-        sealed_at_ms=time.time_ns() // 1_000_000,
-        device_uuid=resident.device.uuid,
-        executable_fingerprint=resident.fingerprint,
-    )
-    sealed = seal(key, record)
     handle = Handle(
         handle_id=handle_id,
-        shard_id=record.shard_id,
+        shard_id=shard_id or f"{manifest.digest[:16]}-0",
         device_index=resident.device.index,
-        device_uuid=record.device_uuid,
+        device_uuid=resident.device.uuid,
         vram_bytes=0 if resident.device.emulated else resident.plan.memory.weights_bytes,
         sealed=True,
-        sealed_at_ms=record.sealed_at_ms,
+        sealed_at_ms=time.time_ns() // 1_000_000,
         digest=digest,
         model_ref=manifest.model.model_id,
         shard_index=0,
@@ -256,11 +248,12 @@ def seal_model(
         pinned=resident.plan.pinned,
         emulated=resident.device.emulated,
     )
+    sealed = seal(key, _record_of(handle, resident))
     guard: SealGuard[Pending, DecodeState] = SealGuard(
         resident.prover,
         max_age_s=config.seal_max_age,
         proved_s=proved_s,
-        verify_seal=lambda: verify(key, sealed),
+        verify_seal=lambda: verify(key, Seal(_record_of(handle, resident), sealed.mac)),
         check_residency=lambda now: check_residency(resident, jax_device, now),
         on_pass=listeners.on_pass,
         on_late=listeners.on_late,
@@ -278,6 +271,17 @@ def seal_model(
     return SealedModel(resident=resident, handle=handle, seal=sealed, engine=engine, guard=guard)
 
 
+def _record_of(handle: Handle, resident: ResidentModel) -> SealRecord:
+    """What the seal is over, as it is now: a handle or a fingerprint that changed does not verify."""
+    return SealRecord(
+        shard_id=handle.shard_id,
+        digest=handle.digest,
+        sealed_at_ms=handle.sealed_at_ms,
+        device_uuid=handle.device_uuid,
+        executable_fingerprint=resident.fingerprint,
+    )
+
+
 def check_residency(resident: ResidentModel, jax_device: jax.Device, state: DecodeState | None) -> None:
     """Raises POLICY_VIOLATION when a weight or a buffer of the state is not in the device's own memory."""
     policy.check_arrays(resident.params.items(), jax_device)
@@ -286,15 +290,27 @@ def check_residency(resident: ResidentModel, jax_device: jax.Device, state: Deco
 
 
 def _load_text(directory: Path, manifest: Manifest) -> tuple[Tokenizer, ChatTemplate | None]:
-    """Tokenizer and chat template, from files that were verified."""
+    """Tokenizer and chat template, from the very bytes that the manifest vouches for."""
     entry = manifest.tokenizer
-    tokenizer = Tokenizer.load(
-        directory,
+    raw = read_verified(directory, manifest, TOKENIZER_FILE, MAX_FILE_BYTES)
+    if raw is None:
+        raise OrcdError(ErrorCode.MODEL_LOAD_FAILED, "manifest.json lists no tokenizer.json", field="tokenizer")
+    tokenizer = Tokenizer(
+        raw,
         vocab_size=manifest.config.vocab_size,
         bos_id=entry.bos_id,
         eos_ids=entry.eos_ids,
         add_bos=entry.add_bos,
     )
+    template = read_verified(directory, manifest, CHAT_TEMPLATE_FILE, MAX_TEMPLATE_BYTES)
+    if template is None:
+        return tokenizer, None
+    try:
+        source = template.decode()
+    except UnicodeDecodeError:
+        raise OrcdError(
+            ErrorCode.MODEL_LOAD_FAILED, "chat_template.jinja is not UTF-8", field="chat_template"
+        ) from None
     end = entry.eos_ids[0] if entry.eos_ids else None
-    template = ChatTemplate.load(directory, bos_token=tokenizer.token(entry.bos_id), eos_token=tokenizer.token(end))
-    return tokenizer, template
+    bos, eos = tokenizer.token(entry.bos_id), tokenizer.token(end)
+    return tokenizer, ChatTemplate(source, bos_token=bos, eos_token=eos)

@@ -128,8 +128,8 @@ class Planner:
             if wanted is not None and wanted > most
         ]
         sizes = Sizes(
-            slots_total=params.slots or config.slots_total,
-            max_context=params.max_context or own,
+            slots_total=min(params.slots or config.slots_total, config.slots_total),
+            max_context=min(params.max_context or own, own),
             prefill_tokens=config.prefill_tokens,
         )
         return sizes, problems

@@ -8,7 +8,7 @@ import gc
 import time
 import traceback
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import TypeVar
 
 import jax
@@ -122,7 +122,7 @@ class Worker:
           OrcdError: NOT_READY, BUSY, POLICY_VIOLATION (another model is here, or this one is not to be), or why the
             load failed.
         """
-        if self.sealed is not None:
+        if self.sealed is not None and self.lifecycle.serving:
             yield await self._committed(self.sealed, params)
             return
         if self._loading is not None and not self._loading.done:
@@ -149,10 +149,17 @@ class Worker:
             raise OrcdError(ErrorCode.POLICY_VIOLATION, other, field="expected_digest")
         if params.shard_id and params.shard_id != handle.shard_id:
             raise OrcdError(ErrorCode.POLICY_VIOLATION, other, field="shard_id")
-        if not params.expected_digest and params.plan.model_ref:
+        if not params.expected_digest:
             directory = await asyncio.to_thread(self._planner().find, params.plan)
             if directory.resolve() != sealed.resident.plan.directory.resolve():
                 raise OrcdError(ErrorCode.POLICY_VIOLATION, other, field="model_ref")
+        shape = sealed.resident.shape
+        held = (("max_context", params.plan.max_context, shape.max_context), ("slots", params.plan.slots, shape.rows))
+        for field, wanted, there in held:
+            if wanted is not None and wanted != there:
+                raise OrcdError(
+                    ErrorCode.POLICY_VIOLATION, f"{field}: the model was loaded for {there}, not {wanted}", field=field
+                )
         return handle
 
     async def _load(self, params: CommitParams) -> Handle:
@@ -170,10 +177,13 @@ class Worker:
             known = error if isinstance(error, OrcdError) else OrcdError(ErrorCode.INTERNAL, "an internal error")
             audit.record(AuditEvent.LOAD_FAILED, model_ref=model_ref, code=known.code.value, field=known.field)
             self._audit_breach(known)
-            await self._give_back(error)
+            log.error(EventCode.ERROR, human=known.message, code=known.code.value, field=known.field)
+            await self._give_back(error, known)
             raise
         if self.lifecycle.state is not State.LOADING:
             await asyncio.to_thread(sealed.engine.stop, STOP_TIMEOUT_S)
+            if self._failure is not None and self._failure.done():
+                raise self._failure.result()
             raise OrcdError(ErrorCode.NOT_READY, "the worker was stopped while it loaded its model")
         self.sealed = sealed
         reports.log_sealed(sealed, seconds=time.monotonic() - began, audit=audit)
@@ -218,11 +228,15 @@ class Worker:
             on=on_progress,
         )
 
-    async def _give_back(self, error: BaseException) -> None:
+    async def _give_back(self, error: BaseException, known: OrcdError) -> None:
         """After a load that failed: frees what it held. STARTING when the device says so, else STOPPED."""
         if self.lifecycle.state is not State.LOADING:
             return
-        traceback.clear_frames(error.__traceback__)  # they hold the arrays
+        if known.code is ErrorCode.CUDA_ERROR:  # nothing works on such a device any more
+            self.fail(known)
+            return
+        for cause in _chain(error):  # their frames hold the arrays
+            traceback.clear_frames(cause.__traceback__)
         held = await asyncio.to_thread(self._collect)
         if held <= RELEASE_SLACK_BYTES:
             self.services.audit.record(AuditEvent.MEMORY_RELEASED)
@@ -262,7 +276,8 @@ class Worker:
         """The worker cannot go on: every job ends with ``error``, and nothing unread is delivered any more."""
         self.lifecycle.move(State.STOPPED)
         self.jobs.abort(error)
-        self.services.metrics.device_error(error.code)
+        if error.code in (ErrorCode.CUDA_ERROR, ErrorCode.VRAM_OOM, ErrorCode.HOST_OOM):
+            self.services.metrics.device_error(error.code)
         self._audit_breach(error)
         if self._failure is not None and not self._failure.done():
             self._failure.set_result(error)
@@ -300,7 +315,8 @@ class Worker:
                 )
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.jobs.live.idle.wait(), LAST_EVENTS_TIMEOUT_S)
-            self.services.audit.record(AuditEvent.MEMORY_RELEASED, vram_bytes=self.sealed.resident.vram_bytes)
+            if in_order:
+                self.services.audit.record(AuditEvent.MEMORY_RELEASED, vram_bytes=self.sealed.resident.vram_bytes)
         self.sealed = None
         return in_order
 
@@ -426,6 +442,15 @@ class Worker:
     def status(self) -> StatusInfo:
         """Everything worth knowing at a glance. Never asks the device."""
         return reports.status(self)
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An exception, and all that led to it."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def _now_ms() -> int:

@@ -19,10 +19,10 @@ from orcd_jax.checkpoint import verify as verify_module
 from orcd_jax.checkpoint.manifest import Manifest, read_manifest
 from orcd_jax.checkpoint.progress import Progress
 from orcd_jax.checkpoint.restore import restore
-from orcd_jax.checkpoint.verify import verify_arrays, verify_files
+from orcd_jax.checkpoint.verify import read_verified, verify_arrays, verify_files
 from orcd_jax.errors import ErrorCode, OrcdError
 from orcd_jax.worker.capability import check_capabilities
-from tests.checkpoint.tiny import MemorySource, convert, copied, list_files, tensor_by_hand
+from tests.checkpoint.tiny import MemorySource, config, convert, copied, list_files, tensor_by_hand
 
 FLIPS_PER_FILE = 9
 
@@ -332,3 +332,19 @@ def test_files_that_were_listed_anew_do_not_make_the_arrays_those_of_the_manifes
     manifest = read_manifest(copy)
     verify_files(copy, manifest, lambda _: None)
     assert suspect(manifest, dict(restore(copy, manifest, device))) == "norm"
+
+
+@pytest.mark.requirement("WORKER-4310")
+def test_what_is_read_after_the_check_is_compared_once_more(tmp_path: Path) -> None:
+    """A file exchanged between its hash and its use is found by the bytes that are used."""
+    convert(MemorySource(config=config()), tmp_path / "m")
+    manifest = read_manifest(tmp_path / "m")
+    whole = (tmp_path / "m" / "tokenizer.json").read_bytes()
+    assert read_verified(tmp_path / "m", manifest, "tokenizer.json", 10**6) == whole
+    assert read_verified(tmp_path / "m", manifest, "nothing.json", 10**6) is None
+    for changed in (whole[:-1], whole + b" ", whole[:-2] + b"?" + whole[-1:]):
+        (tmp_path / "m" / "tokenizer.json").write_bytes(changed)
+        with pytest.raises(OrcdError, match=r"tokenizer\.json was changed while the model was loaded"):
+            read_verified(tmp_path / "m", manifest, "tokenizer.json", 10**6)
+    with pytest.raises(OrcdError, match="over the limit of 3"):
+        read_verified(tmp_path / "m", manifest, "tokenizer.json", 3)

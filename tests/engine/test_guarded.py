@@ -147,3 +147,33 @@ def test_values_that_are_not_numbers_make_the_weights_suspect(guard: ScriptedGua
     assert guard.calls.count("suspect") == 1
     assert error.code is (ErrorCode.SEAL_VERIFICATION_FAILED if broken else ErrorCode.INTERNAL)
     assert harness.engine.stop(WAIT_S)
+
+
+@pytest.mark.requirement("WORKER-4122")
+def test_what_could_not_be_settled_does_not_leave_whatever_the_reason(guard: ScriptedGuard) -> None:
+    gate = threading.Semaphore(0)
+    harness = Harness(ScriptedPrograms(gate=gate), guard=guard)
+    job = harness.engine.submit(request("a", 1))
+    harness.wait(lambda: "admit" in guard.calls)
+    guard.fail_at["settle"] = OrcdError(ErrorCode.CUDA_ERROR, "the device failed in the proof")
+    gate.release(10)
+    assert [type(event) for event in harness.finish(job)] == [Failed]
+    assert harness.engine.stop(WAIT_S)
+
+
+@pytest.mark.requirement("WORKER-4972")
+def test_a_device_that_hangs_in_the_proof_before_a_job_is_seen_to_stall(guard: ScriptedGuard) -> None:
+    now, hang = [0.0], threading.Event()
+    guard.admit = lambda: assert_set(hang)  # type: ignore[method-assign]
+    harness = Harness(ScriptedPrograms(), clock=lambda: now[0], guard=guard)
+    job = harness.engine.submit(request("a", 1))
+    while harness.engine.stalled_s() < 30:  # only a clock that is read during the proof gets there
+        assert now[0] < 10**7
+        now[0] += 1
+    hang.set()
+    harness.finish(job)
+    assert harness.engine.stop(WAIT_S)
+
+
+def assert_set(event: threading.Event) -> None:
+    assert event.wait(WAIT_S)

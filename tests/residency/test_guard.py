@@ -238,3 +238,33 @@ def test_what_the_model_cannot_have_computed_makes_it_prove_everything() -> None
     world.now += 0.001
     with pytest.raises(OrcdError, match="differs"):
         world.guard.suspect()
+
+
+@pytest.mark.requirement("WORKER-4121")
+def test_a_proof_that_could_not_be_made_does_not_count_as_made() -> None:
+    """The device ran out of memory in it: what was not read is read before any token leaves."""
+    world = World([10, 10])
+    real, failures = world.finish, [OrcdError(ErrorCode.VRAM_OOM, "no memory")]
+
+    def finish(pending: tuple[int, bool]) -> None:
+        if failures:
+            raise failures.pop()
+        real(pending)
+
+    world.finish = finish  # type: ignore[method-assign]
+    world.now += 6.0
+    with pytest.raises(OrcdError, match="no memory"):
+        world.guard.settle()
+    world.guard.settle()
+    assert world.guard.age_s() < world.max_age_s
+
+
+@pytest.mark.requirement("WORKER-4120")
+def test_an_attestation_of_a_broken_seal_is_refused_and_its_asker_told() -> None:
+    world = World([10])
+    world.seal_holds = False
+    told: list[OrcdError | None] = []
+    with pytest.raises(OrcdError, match="seal does not hold") as broken:
+        world.guard.request(told.append)
+    world.guard.close(broken.value)
+    assert told == [broken.value]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import resource
 import time
-from pathlib import Path
 
 import pytest
 
@@ -79,7 +78,3 @@ def test_a_template_that_cannot_be_used_is_refused_at_load(source: str) -> None:
     with pytest.raises(OrcdError, match="the chat template cannot be used") as caught:
         template(source)
     assert caught.value.code is ErrorCode.MODEL_LOAD_FAILED
-
-
-def test_a_model_without_a_template_has_none(tmp_path: Path) -> None:
-    assert ChatTemplate.load(tmp_path, bos_token="", eos_token="") is None

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -95,8 +93,3 @@ def test_an_unknown_decoder_is_named() -> None:
     other.decoder = decoders.WordPiece()
     with pytest.raises(OrcdError, match="WordPiece"):
         tokenizer_kind(raw(other))
-
-
-def test_a_missing_file_says_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(OrcdError, match=r"tokenizer.json cannot be read .* convert the model again"):
-        Tokenizer.load(tmp_path, vocab_size=4, bos_id=None, eos_ids=(1,), add_bos=False)
