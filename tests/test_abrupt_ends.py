@@ -56,7 +56,8 @@ def test_a_sigterm_in_mid_stream_lets_the_job_finish_and_takes_no_other(tiny_che
     events = list(call)
     assert events[-1].WhichOneof("event") == "end"
     assert events[-1].end.tokens_out == 300
-    assert worker.end() == ExitCode.OK
+    assert worker.process.wait(WAIT_S) == ExitCode.OK
+    worker.end()
 
 
 @pytest.mark.requirement("WORKER-4962")

@@ -177,7 +177,8 @@ class Worker:
             known = error if isinstance(error, OrcdError) else OrcdError(ErrorCode.INTERNAL, "an internal error")
             audit.record(AuditEvent.LOAD_FAILED, model_ref=model_ref, code=known.code.value, field=known.field)
             self._audit_breach(known)
-            log.error(EventCode.ERROR, human=known.message, code=known.code.value, field=known.field)
+            if self.config.await_commit:  # else the process ends by it, and says so
+                log.error(EventCode.ERROR, human=known.message, code=known.code.value, field=known.field)
             await self._give_back(error, known)
             raise
         if self.lifecycle.state is not State.LOADING:

@@ -120,10 +120,14 @@ def test_readiness_carries_who_what_and_where(pool: PoolManager) -> None:
         "worker_id": "w1",
         "pool_id": "p1",
         "model_ref": "file:/models/tiny",
+        "handle_id": "h-1",
         "digest": "ab" * 32,
+        "pinned": True,
         "vram_bytes": 0,
         "emulated": True,
         "uri": "grpc://127.0.0.1:50051",
+        "metrics_port": 9400,
+        "identity_public_key": "cd" * 32,
         "capabilities": {"architectures": ["llama"]},
     }
 

@@ -11,6 +11,7 @@ import fcntl
 import math
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,10 @@ from orcd_jax.models.config import WeightDtype
 from orcd_jax.models.registry import abstract_params, attention_kind, positional_kind, shard_grid
 
 OnProgress = Callable[[Progress], None]
+
+_LOOK_EVERY_S = 0.02
+_QUIET_LOOKS = 5
+_REMOVE_TIMEOUT_S = 5.0
 
 
 def write_checkpoint(
@@ -177,6 +182,15 @@ def _check_tensors(source: WeightSource, plan: Mapping[str, Leaf]) -> None:
 # -- files ---------------------------------------------------------------------------------------------------------
 
 
+def _remove(folder: Path) -> None:
+    """Removes a folder and whatever Orbax's threads, which an interrupt does not reach, still put there meanwhile."""
+    quiet, end = 0, time.monotonic() + _REMOVE_TIMEOUT_S
+    while quiet < _QUIET_LOOKS and time.monotonic() < end:
+        quiet = 0 if folder.exists() else quiet + 1
+        shutil.rmtree(folder, ignore_errors=True)
+        time.sleep(_LOOK_EVERY_S)
+
+
 @contextlib.contextmanager
 def _partial_folder(destination: Path, need: int) -> Iterator[Path]:
     """An empty folder beside the destination, held by this process alone; whatever happens, it does not stay."""
@@ -207,7 +221,7 @@ def _partial_folder(destination: Path, need: int) -> Iterator[Path]:
         raise _unwritable(destination, error) from error
     finally:
         if partial.exists() and os.path.samestat(os.fstat(held), partial.stat()):  # not one that came after the rename
-            shutil.rmtree(partial, ignore_errors=True)
+            _remove(partial)
         os.close(held)
 
 
