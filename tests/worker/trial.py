@@ -8,8 +8,8 @@ import time
 
 import jax
 
-from orcd_jax.engine.engine import Delivery, Engine, Job, warm_up
-from orcd_jax.engine.request import Failed, JobRequest, Tokens
+from orcd_jax.engine.engine import Delivery, Engine, warm_up
+from orcd_jax.engine.request import Ended, Failed, JobRequest, Tokens
 from orcd_jax.engine.state import DecodeState
 from orcd_jax.errors import OrcdError
 from orcd_jax.residency.guard import SealGuard
@@ -53,15 +53,22 @@ class Trial:
                 self.tokens.append(time.monotonic())
             elif isinstance(event, Failed):
                 self.failures.append(event.error)
+            elif isinstance(event, Ended):
+                self._submit()  # the next one: the engine stays as busy as it was
 
     def _on_fatal(self, error: OrcdError) -> None:
         self.fatal_s, self.fatal = time.monotonic(), error
         self._ended.set()
 
-    def load(self, jobs: int) -> list[Job]:
-        """Keeps the engine busy until it ends."""
+    def load(self, jobs: int) -> None:
+        """Keeps the engine busy with so many jobs until it ends."""
         request = JobRequest(job_id="j", prompt_ids=(5, 6, 7), max_tokens=500, ignore_eos=True)
-        return [self.engine.submit(request) for _ in range(jobs)]
+        self._request = request
+        for _ in range(jobs):
+            self._submit()
+
+    def _submit(self) -> None:
+        self.engine.submit(self._request)
 
     def wait(self) -> OrcdError:
         assert self._ended.wait(WAIT_S), "never found"
