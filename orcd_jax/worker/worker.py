@@ -9,6 +9,7 @@ import time
 import traceback
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 import jax
@@ -100,6 +101,9 @@ class Worker:
         """
         planner = self._planner()
         info = await asyncio.to_thread(planner.assess, params)
+        if self.lifecycle.state in (State.DRAINING, State.STOPPED):
+            ending = OrcdError(ErrorCode.NOT_READY, f"the worker is {self.lifecycle.state}: it loads no model any more")
+            info = replace(info, reasons=(*info.reasons, ending))
         get_logger().info(
             EventCode.PLAN,
             human=narration.plan(model_ref=params.model_ref, feasible=info.feasible, reasons=len(info.reasons)),

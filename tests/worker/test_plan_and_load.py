@@ -167,3 +167,13 @@ def test_a_tensor_over_the_staging_bound_is_refused_with_the_bytes(tiny_checkpoi
         restore(tiny_checkpoint, read_manifest(tiny_checkpoint), jax.devices()[0], staging_bytes=100)
     assert refused.value.code is ErrorCode.HOST_OOM
     assert (refused.value.field, refused.value.available_bytes) == ("max_staging_bytes", 100)
+
+
+@pytest.mark.requirement("WORKER-4213")
+def test_a_worker_that_drains_calls_nothing_feasible(tiny_checkpoint: Path) -> None:
+    running = awaiting(tiny_checkpoint)
+    assert plan_of(running).feasible
+    running.run(running.worker.drain(0.0))
+    info = plan_of(running)
+    assert [reason.code for reason in info.reasons] == [ErrorCode.NOT_READY]
+    running.close()
