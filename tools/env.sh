@@ -88,9 +88,12 @@ install_venv() {
   "${python}" -m venv "${VENV}" >"${VENV}/venv.log" 2>&1 ||
     fail "${python} could not make a virtual environment in ${VENV}" \
       "on Debian and Ubuntu: apt-get install python3-venv; ${VENV}/venv.log says more"
-  run_pip install --require-hashes --only-binary :all: -r "${ROOT}/requirements/${lock}.txt" ||
+  # The lock is whole, so pip resolves nothing: an old pip would take `pydantic[email]` of a dependency for a new,
+  # unpinned requirement as soon as a newer pydantic is out.
+  run_pip install --no-deps --require-hashes --only-binary :all: -r "${ROOT}/requirements/${lock}.txt" ||
     fail "the packages of requirements/${lock}.txt could not be installed" \
       "check the network, the package index of 'pip config list' and the disk space (about 2 GB), then run this again"
+  run_pip check || fail "requirements/${lock}.txt lacks what its packages need" "run tools/lock"
   if [[ "${lock}" == dev ]]; then
     # Not in the lock: a CPU build and a CUDA build share the version and differ in hashes. pip takes whichever its
     # configuration offers; the pure Python requirements are installed already.
