@@ -34,6 +34,8 @@ CHAT_TEMPLATE_FILE = "chat_template.jinja"
 MAX_MANIFEST_BYTES = 64 * 1024 * 1024
 MAX_TENSORS = 10_000
 MAX_FILES = 100_000
+LEAST_LAYER_TENSORS = 6
+"""Of a layer: two norms, and the two matrices each of attention and of the MLP."""
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Size = Annotated[int, Field(ge=0, lt=2**53)]
@@ -153,9 +155,11 @@ class Manifest(_Record):
         for name, values in (("tensors", [t.path for t in self.tensors]), ("files", [f.path for f in self.files])):
             if values != sorted(set(values)):
                 raise ValueError(f"{name} must be unique and sorted by path")
+        if any(file.path == MANIFEST_FILE for file in self.files):
+            raise ValueError(f"files lists {MANIFEST_FILE}, which cannot hold its own digest")
         if self.model.vocab_size != self.config.vocab_size or self.model.context_max != self.config.context_max:
             raise ValueError("model and config disagree about vocab_size or context_max")
-        if self.config.num_layers > len(self.tensors):  # before anything is planned for each layer
+        if self.config.num_layers * LEAST_LAYER_TENSORS > len(self.tensors):  # before each layer is described
             raise ValueError(f"config has {self.config.num_layers} layers and there are {len(self.tensors)} tensors")
         if self.digest != model_digest(self.config, self.tokenizer, self.files, self.tensors):
             raise ValueError("digest does not match the manifest's own content")

@@ -35,21 +35,22 @@ def restore(
       staging_bytes: host memory that may hold weights on their way at once (WORKER-4102).
 
     Raises:
-      OrcdError: MODEL_LOAD_FAILED, when the arrays are not those of the configuration or cannot be read; HOST_OOM, when
-        one of them alone is larger than ``staging_bytes``.
+      OrcdError: the first of :func:`restore_problems`; MODEL_LOAD_FAILED, when the arrays are not those of the
+        manifest or cannot be read.
     """
+    for problem in restore_problems(manifest, staging_bytes=staging_bytes):
+        raise problem
     here = jax.sharding.SingleDeviceSharding(device)
     target = {
         path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here)
         for path, leaf in abstract_params(manifest.config).items()
     }
-    _check_model(manifest)
-    _check_table(manifest, target)
-    _check_staging(manifest, staging_bytes)
     arrays = (directory / ARRAYS_DIRECTORY).resolve()
     on_progress(Progress("restore", 0, manifest.weight_bytes))
     try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(restore_concurrent_gb=staging_bytes / _GB)) as checkpointer:
+        # Orbax wants more than it hands out at once.
+        handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=(staging_bytes + 1) / _GB)
+        with ocp.Checkpointer(handler) as checkpointer:
             _check_stored(checkpointer.metadata(arrays), target)
             params: Params = checkpointer.restore(
                 arrays,
@@ -64,46 +65,59 @@ def restore(
     return params
 
 
-def _check_staging(manifest: Manifest, staging_bytes: int) -> None:
-    largest = max(manifest.tensors, key=tensor_bytes)
-    if (needed := tensor_bytes(largest)) > staging_bytes:
-        raise OrcdError(
-            ErrorCode.HOST_OOM,
-            f"tensor {largest.path} has {needed} bytes, and at most {staging_bytes} may be on their way through host "
-            f"memory at once: raise --max_staging_bytes to {needed}",
-            field="max_staging_bytes",
-            needed_bytes=needed,
-            available_bytes=staging_bytes,
-        )
+def restore_problems(manifest: Manifest, *, staging_bytes: int) -> list[OrcdError]:
+    """Every reason why arrays with this manifest cannot be restored, whatever its files hold. Allocates nothing.
+
+    MODEL_LOAD_FAILED, where the manifest does not describe its own configuration; HOST_OOM, where one array alone is
+    larger than ``staging_bytes``.
+    """
+    problems = (_model_problem(manifest), _table_problem(manifest), _staging_problem(manifest, staging_bytes))
+    return [problem for problem in problems if problem is not None]
 
 
-def _check_model(manifest: Manifest) -> None:
+def _model_problem(manifest: Manifest) -> OrcdError | None:
     """What the manifest says of its model, and a worker's capabilities were compared with, is true of its content."""
     model, config = manifest.model, manifest.config
     said = (model.architecture, model.positional, model.attention, model.quant, model.tokenizer)
     true = (config.architecture, positional_kind(config), attention_kind(config), "none", manifest.tokenizer.kind)
-    if said != true:
-        raise _failed("manifest.json describes another model than its configuration")
+    return None if said == true else _failed("manifest.json describes another model than its configuration")
 
 
-def _check_table(manifest: Manifest, target: Mapping[str, jax.ShapeDtypeStruct]) -> None:
+def _table_problem(manifest: Manifest) -> OrcdError | None:
     """The manifest's table of tensors, shard grid included, is that of its own configuration."""
+    config = manifest.config
     listed = {entry.path: (entry.shape, entry.dtype, entry.shard_axis, entry.shards) for entry in manifest.tensors}
-    wanted = {path: (leaf.shape, leaf.dtype.name, *shard_grid(manifest.config, path)) for path, leaf in target.items()}
-    _require_same(listed, wanted, "manifest.json lists other tensors than its configuration has")
+    wanted = {
+        path: (leaf.shape, leaf.dtype.name, *shard_grid(config, path)) for path, leaf in abstract_params(config).items()
+    }
+    return _difference(listed, wanted, "manifest.json lists other tensors than its configuration has")
+
+
+def _staging_problem(manifest: Manifest, staging_bytes: int) -> OrcdError | None:
+    largest = max(manifest.tensors, key=tensor_bytes)
+    if (needed := tensor_bytes(largest)) <= staging_bytes:
+        return None
+    return OrcdError(
+        ErrorCode.HOST_OOM,
+        f"tensor {largest.path} has {needed} bytes, and at most {staging_bytes} may be on their way through host "
+        f"memory at once: raise --max_staging_bytes to {needed}",
+        field="max_staging_bytes",
+        needed_bytes=needed,
+        available_bytes=staging_bytes,
+    )
 
 
 def _check_stored(metadata: ocp.checkpoint_manager.StepMetadata, target: Mapping[str, jax.ShapeDtypeStruct]) -> None:
     """The arrays on disk are those of the table: Orbax would convert the dtype of one that differs."""
     stored = {path: (tuple(leaf.shape), leaf.dtype) for path, leaf in metadata.item_metadata.tree.items()}
     wanted = {path: (leaf.shape, leaf.dtype) for path, leaf in target.items()}
-    _require_same(stored, wanted, "the checkpoint's arrays are not those of manifest.json")
+    if (problem := _difference(stored, wanted, "the checkpoint's arrays are not those of manifest.json")) is not None:
+        raise problem
 
 
-def _require_same(found: Mapping[str, object], wanted: Mapping[str, object], problem: str) -> None:
+def _difference(found: Mapping[str, object], wanted: Mapping[str, object], problem: str) -> OrcdError | None:
     differing = [path for path in found.keys() | wanted.keys() if found.get(path) != wanted.get(path)]
-    if differing:
-        raise _failed(f"{problem}, {ascii(min(differing))[1:-1]:.80} for one")
+    return _failed(f"{problem}, {ascii(min(differing))[1:-1]:.80} for one") if differing else None
 
 
 def _failed(problem: str) -> OrcdError:

@@ -23,8 +23,9 @@ class DeviceInfo:
       kind: the vendor's name of the model, such as ``NVIDIA H200``.
       uuid: the driver's; empty on a CPU, or when the driver does not tell.
       compute_capability: such as ``9.0``; empty on a CPU.
-      memory_bytes: memory this process may use. On a CPU: what is emulated, else the host's own memory.
+      memory_bytes: memory that arrays may use: XLA's pool. On a CPU: what is emulated, else the host's own memory.
       emulated: the CPU backend stands in for a GPU.
+      before: what the driver said before this process opened the device; nothing on a CPU.
     """
 
     platform: str
@@ -36,6 +37,7 @@ class DeviceInfo:
     emulated: bool
     cuda_version: str
     driver_version: str
+    before: GpuHealth
 
 
 def select_device(platform: str, index: int) -> jax.Device:
@@ -60,13 +62,13 @@ def select_device(platform: str, index: int) -> jax.Device:
     return devices[0]
 
 
-def describe(device: jax.Device, index: int, health: GpuHealth, *, emulated_memory: int = 0) -> DeviceInfo:
+def describe(device: jax.Device, index: int, before: GpuHealth, *, emulated_memory: int = 0) -> DeviceInfo:
     """Facts about a device; called once, at start.
 
     Args:
       device: the one that ``select_device`` gave.
       index: ``--gpu_device``.
-      health: what the driver tells of it.
+      before: what the driver said before ``select_device`` opened it.
       emulated_memory: ``--emulated_memory``; 0: as much as the host has.
     """
     emulated = device.platform == "cpu"
@@ -78,12 +80,13 @@ def describe(device: jax.Device, index: int, health: GpuHealth, *, emulated_memo
         platform="cpu" if emulated else "cuda",
         index=index,
         kind=device.device_kind,
-        uuid="" if emulated else health.uuid or "",
+        uuid="" if emulated else before.uuid or "",
         compute_capability=str(getattr(device, "compute_capability", "")),
         memory_bytes=memory_bytes,
         emulated=emulated,
-        cuda_version="" if emulated else health.cuda_version or "",
-        driver_version="" if emulated else health.driver_version or "",
+        cuda_version="" if emulated else before.cuda_version or "",
+        driver_version="" if emulated else before.driver_version or "",
+        before=GpuHealth() if emulated else before,
     )
 
 

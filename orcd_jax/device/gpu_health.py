@@ -22,6 +22,11 @@ from typing import Protocol
 
 INTERVAL_S = 5.0
 STALE_S = 3 * INTERVAL_S  # NVML hangs with a GPU that fell off its bus: its last words are not news
+FIRST_S = 5.0
+"""Seconds to wait for the first reading, which takes milliseconds where NVML answers at all."""
+
+DRIVER_BYTES = 128 * 2**20
+"""In use at most of a GPU that nobody uses: the driver's own small change. A CUDA context takes several times that."""
 
 _TEXT_BYTES = 96  # NVML's largest for a name, a version and a UUID
 _MOST_PROCESSES = 1024
@@ -53,9 +58,12 @@ class GpuHealth:
       cuda_version: the newest the driver can run, such as ``13.0``.
       power_w: of the whole board.
       ecc_uncorrected: memory errors that could not be corrected since the driver was loaded.
-      memory_used_bytes: by all processes, without what the driver keeps for itself.
+      memory_total_bytes: with what the driver keeps for itself.
+      memory_used_bytes, memory_free_bytes: by and for all processes, without what the driver keeps for itself.
+      own_memory_bytes: what this process holds; None too where the driver does not list it, because it has not opened
+        the device, or is in a container.
       other_processes: all but this one that compute on the device. The driver does not show a container the processes
-        of its host: the memory in use before this process takes any tells of those.
+        of its host.
     """
 
     uuid: str | None = None
@@ -67,14 +75,35 @@ class GpuHealth:
     ecc_uncorrected: int | None = None
     memory_total_bytes: int | None = None
     memory_used_bytes: int | None = None
+    memory_free_bytes: int | None = None
+    own_memory_bytes: int | None = None
     other_processes: tuple[GpuProcess, ...] | None = None
 
     @property
-    def other_memory_bytes(self) -> int | None:
-        """What the other processes hold together, as far as the driver tells; None when it tells nothing."""
-        if self.other_processes is None:
+    def usable_memory_bytes(self) -> int | None:
+        """What all processes together can get of the device."""
+        if self.memory_used_bytes is None or self.memory_free_bytes is None:
             return None
-        return sum(process.memory_bytes or 0 for process in self.other_processes)
+        return self.memory_used_bytes + self.memory_free_bytes
+
+
+def foreign_bytes(before: GpuHealth, now: GpuHealth) -> int | None:
+    """What other processes hold of the device; None when the driver does not tell.
+
+    All that is in use, less what this process holds: so those count, too, that a container is not shown. Where the
+    driver does not list this process, it is what was in use before this process held anything.
+
+    Args:
+      before: read before this process opened the device.
+      now: the last reading.
+    """
+    used, own, others = now.memory_used_bytes, now.own_memory_bytes, now.other_processes
+    beside = before.memory_used_bytes if own is None or used is None else used - own
+    if used is None or others is None or beside is None:
+        return None
+    if not others and beside <= DRIVER_BYTES:
+        return 0
+    return max(beside, sum(process.memory_bytes or 0 for process in others))
 
 
 class Library(Protocol):
@@ -133,7 +162,8 @@ class GpuProbe:
         """Asks NVML, which blocks when the GPU is in trouble."""
         if self._device is None or self._board is None:
             return GpuHealth()
-        total, used = self._memory(self._device)
+        total, used, free = self._memory(self._device)
+        own, others = self._processes(self._device)
         power_mw = self._unsigned("nvmlDeviceGetPowerUsage", self._board)
         return GpuHealth(
             uuid=self._text("nvmlDeviceGetUUID", self._device),
@@ -145,7 +175,9 @@ class GpuProbe:
             ecc_uncorrected=self._ecc_uncorrected(self._board),
             memory_total_bytes=total,
             memory_used_bytes=used,
-            other_processes=self._other_processes(self._device),
+            memory_free_bytes=free,
+            own_memory_bytes=own,
+            other_processes=others,
         )
 
     def close(self) -> None:
@@ -219,23 +251,24 @@ class GpuProbe:
         which = (c_int(_UNCORRECTED), c_int(_VOLATILE))
         return errors.value if self._call("nvmlDeviceGetTotalEccErrors", board, *which, byref(errors)) else None
 
-    def _memory(self, device: c_void_p) -> tuple[int | None, int | None]:
-        """Total and used."""
+    def _memory(self, device: c_void_p) -> tuple[int | None, int | None, int | None]:
+        """Total, used and free."""
         memory = _Memory(version=ctypes.sizeof(_Memory) | 2 << 24)
         if not self._call("nvmlDeviceGetMemoryInfo_v2", device, byref(memory)):
-            return None, None
-        return memory.total, memory.used
+            return None, None, None
+        return memory.total, memory.used, memory.free
 
-    def _other_processes(self, device: c_void_p) -> tuple[GpuProcess, ...] | None:
-        count, processes = c_uint(_MOST_PROCESSES), (_ProcessInfo * _MOST_PROCESSES)()
-        if not self._call("nvmlDeviceGetComputeRunningProcesses_v3", device, byref(count), processes):
-            return None
-        own = os.getpid()
-        return tuple(
+    def _processes(self, device: c_void_p) -> tuple[int | None, tuple[GpuProcess, ...] | None]:
+        """What this process holds, and the other processes."""
+        count, infos = c_uint(_MOST_PROCESSES), (_ProcessInfo * _MOST_PROCESSES)()
+        if not self._call("nvmlDeviceGetComputeRunningProcesses_v3", device, byref(count), infos):
+            return None, None
+        listed = [
             GpuProcess(pid=info.pid, memory_bytes=None if info.memory == _NOT_AVAILABLE else info.memory)
-            for info in processes[: count.value]
-            if info.pid != own
-        )
+            for info in infos[: count.value]
+        ]
+        own = next((process.memory_bytes for process in listed if process.pid == os.getpid()), None)
+        return own, tuple(process for process in listed if process.pid != os.getpid())
 
 
 def _load() -> Library | None:
@@ -265,12 +298,14 @@ class GpuHealthSampler:
         self._stopping = threading.Event()
         self._read, self._wait, self._clock = read, wait or self._stopping.wait, clock
         self._taken: tuple[float, GpuHealth] = (clock(), GpuHealth())
+        self._first = threading.Event()
         # A daemon: a thread that NVML holds must not hold the process.
         self._thread = threading.Thread(target=self._run, name="gpu-health", daemon=True)
 
-    def start(self) -> None:
-        """Takes the first reading, in the thread, at once."""
+    def start(self, timeout_s: float = FIRST_S) -> None:
+        """Takes the first reading, in the thread, and returns when it is there, or does not come within a time."""
         self._thread.start()
+        self._first.wait(timeout_s)
 
     def latest(self) -> GpuHealth:
         """The last reading, at no cost; all None before the first, and when it is older than :data:`STALE_S`."""
@@ -289,4 +324,5 @@ class GpuHealthSampler:
         while not stop:
             health = self._read()
             self._taken = (self._clock(), health)
+            self._first.set()
             stop = self._wait(INTERVAL_S)

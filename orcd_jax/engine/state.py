@@ -123,11 +123,3 @@ def zero_state(config: LlamaConfig, shape: EngineShape) -> DecodeState:
             sample=jnp.zeros((rows,), jnp.uint32),
         ),
     )
-
-
-def kv_bytes(config: LlamaConfig, shape: EngineShape) -> int:
-    """Bytes of all KV pages together."""
-    return sum(
-        2 * len(g.layers) * shape.pages * g.kv_heads * shape.page_tokens * g.head_dim * jnp.dtype(g.dtype).itemsize
-        for g in kv_groups(config)
-    )

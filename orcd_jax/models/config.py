@@ -58,7 +58,7 @@ class LlamaConfig(_Frozen):
     head_dim: Dimension
     mlp_size: Dimension
     norm_eps: PositiveFloat
-    rope_theta: PositiveFloat
+    rope_theta: Annotated[float, Field(gt=1, allow_inf_nan=False)]  # its logarithm divides
     rope_scaling: RopeScaling | None = None
     tied_embeddings: bool
     attention_bias: bool = False

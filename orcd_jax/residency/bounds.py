@@ -53,12 +53,16 @@ class Sizes:
         """Most KV pages of one job."""
         return -(-self.max_context // PAGE_TOKENS)
 
+    @property
+    def pages(self) -> int:
+        """KV pages of all jobs: every one may be of full context."""
+        return self.slots_total * self.pages_per_job
+
 
 def state_bytes(config: LlamaConfig, sizes: Sizes) -> int:
     """Bytes of the decode state: keys and values of every page of every layer, page tables, rows."""
-    pages = sizes.slots_total * sizes.pages_per_job
-    kv = 2 * config.num_layers * pages * config.num_kv_heads * PAGE_TOKENS * config.head_dim * _width(config)
-    return kv + 4 * pages + _ROW_BYTES * sizes.slots_total
+    kv = 2 * config.num_layers * sizes.pages * config.num_kv_heads * PAGE_TOKENS * config.head_dim * _width(config)
+    return kv + 4 * sizes.pages + _ROW_BYTES * sizes.slots_total
 
 
 def call_bytes(sizes: Sizes) -> int:

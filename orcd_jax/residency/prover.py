@@ -7,6 +7,7 @@ running jobs. Layers are alike, so a handful of programs serves all slices. Noth
 from __future__ import annotations
 
 import itertools
+import math
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -224,8 +225,20 @@ def _compile(kinds: Sequence[Kind], device: jax.Device, name: str) -> jax.stages
         return jax.jit(digest).lower(*arrays).compile()
 
 
+def proof_problems(entries: Sequence[TensorEntry]) -> list[OrcdError]:
+    """Every tensor that is too large to be proved, by the manifest alone: MODEL_LOAD_FAILED each."""
+    elements = ((entry.path, math.prod(entry.shape)) for entry in entries)
+    return [
+        _unusable(path, f"has {count} elements; at most {MAX_ELEMENTS} can be proved: choose another model")
+        for path, count in elements
+        if count > MAX_ELEMENTS
+    ]
+
+
 def _check_arrays(entries: Sequence[TensorEntry], params: Params, device: jax.Device) -> None:
     """The arrays are those of the manifest, whole, on this device, in C order."""
+    for problem in proof_problems(entries):
+        raise problem
     listed = {entry.path: entry for entry in entries}
     for path in sorted(listed.keys() | params.keys()):
         entry, array = listed.get(path), params.get(path)
@@ -233,8 +246,6 @@ def _check_arrays(entries: Sequence[TensorEntry], params: Params, device: jax.De
             raise _unusable(path, "is not both in manifest.json and on the device")
         if (array.shape, array.dtype.name) != (entry.shape, entry.dtype):
             raise _unusable(path, f"is {array.dtype.name}{array.shape}, not {entry.dtype}{entry.shape}")
-        if array.size > MAX_ELEMENTS:
-            raise _unusable(path, f"has {array.size} elements; at most {MAX_ELEMENTS} can be proved")
         if array.devices() != {device}:
             raise _unusable(path, "is on another device")
         layout = array.format.layout  # type: ignore[attr-defined]  # missing in JAX's stubs

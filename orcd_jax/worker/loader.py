@@ -17,7 +17,7 @@ import jax
 
 from orcd_jax.checkpoint.manifest import CHAT_TEMPLATE_FILE, TOKENIZER_FILE, FileEntry, Manifest
 from orcd_jax.checkpoint.progress import Progress
-from orcd_jax.checkpoint.restore import restore
+from orcd_jax.checkpoint.restore import restore, restore_problems
 from orcd_jax.checkpoint.verify import read_verified, verify_files
 from orcd_jax.config import WorkerConfig
 from orcd_jax.device import faults
@@ -33,7 +33,7 @@ from orcd_jax.residency.bounds import Sizes
 from orcd_jax.residency.budget import MemoryPlan
 from orcd_jax.residency.guard import SealGuard
 from orcd_jax.residency.keys import SealKey
-from orcd_jax.residency.prover import Pending, WeightProver
+from orcd_jax.residency.prover import Pending, WeightProver, proof_problems
 from orcd_jax.residency.recorded import Analysis, record
 from orcd_jax.residency.seal import Seal, SealRecord, seal, verify
 from orcd_jax.telemetry.log import EventCode, get_logger
@@ -43,17 +43,25 @@ from orcd_jax.worker.types import Handle
 
 OnProgress = Callable[[Progress], None]
 
+_TEXT_FILES = {
+    TOKENIZER_FILE: ("tokenizer", MAX_FILE_BYTES),
+    CHAT_TEMPLATE_FILE: ("chat_template", MAX_TEMPLATE_BYTES),
+}
+"""By name: the field of a refusal, and most bytes."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadPlan:
     """A model that was read, trusted as far as was asked, able to run here, and fits. Nothing is allocated yet.
 
     Attributes:
+      manifest_bytes: the ``manifest.json`` that was read: what a signature is over.
       key: under which the analysis of its programs is recorded.
       pinned: its digest was given from outside, or signed by a trusted key.
     """
 
     directory: Path
+    manifest_bytes: bytes
     manifest: Manifest
     sizes: Sizes
     shape: EngineShape
@@ -124,6 +132,19 @@ class Listeners:
     on_fatal: Callable[[OrcdError], None]
     on_pass: Callable[[float], None]
     on_late: Callable[[float], None]
+
+
+def manifest_problems(manifest: Manifest, config: WorkerConfig) -> list[OrcdError]:
+    """Every reason why :func:`load` and :func:`seal_model` would refuse a model, whatever its files hold. Pure.
+
+    Each stage owns its rules and holds to them itself, too. What only bytes can tell is left to the stages: hashes,
+    the content of files, the arrays' own description of themselves, and what XLA makes of the programs.
+    """
+    return [
+        *text_problems(manifest),
+        *restore_problems(manifest, staging_bytes=config.max_staging_bytes),
+        *proof_problems(manifest.tensors),
+    ]
 
 
 def load(
@@ -289,12 +310,25 @@ def check_residency(resident: ResidentModel, jax_device: jax.Device, state: Deco
     policy.check_arrays(((f"state{jax.tree_util.keystr(path)}", leaf) for path, leaf in leaves), jax_device)
 
 
+def text_problems(manifest: Manifest) -> list[OrcdError]:
+    """Why tokenizer and chat template cannot be read, by the manifest's list of files: MODEL_LOAD_FAILED each."""
+    sizes = {entry.path: entry.size_bytes for entry in manifest.files}
+    problems = [
+        (field, f"{name} has {sizes[name]} bytes, over the limit of {most}: choose another model")
+        for name, (field, most) in _TEXT_FILES.items()
+        if sizes.get(name, 0) > most
+    ]
+    if TOKENIZER_FILE not in sizes:
+        problems.append(("tokenizer", "manifest.json lists no tokenizer.json: convert the model again"))
+    return [OrcdError(ErrorCode.MODEL_LOAD_FAILED, problem, field=field) for field, problem in problems]
+
+
 def _load_text(directory: Path, manifest: Manifest) -> tuple[Tokenizer, ChatTemplate | None]:
     """Tokenizer and chat template, from the very bytes that the manifest vouches for."""
+    for problem in text_problems(manifest):
+        raise problem
     entry = manifest.tokenizer
-    raw = read_verified(directory, manifest, TOKENIZER_FILE, MAX_FILE_BYTES)
-    if raw is None:
-        raise OrcdError(ErrorCode.MODEL_LOAD_FAILED, "manifest.json lists no tokenizer.json", field="tokenizer")
+    raw = read_verified(directory, manifest, TOKENIZER_FILE, MAX_FILE_BYTES) or b""
     tokenizer = Tokenizer(
         raw,
         vocab_size=manifest.config.vocab_size,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from orcd_jax import __version__
 from orcd_jax.checkpoint.progress import Progress
+from orcd_jax.errors import ErrorCode, OrcdError
 from orcd_jax.telemetry import narration
 from orcd_jax.telemetry.audit import AuditEvent, AuditLog, NoAudit
 from orcd_jax.telemetry.log import EventCode, get_logger
@@ -173,3 +174,13 @@ def log_ready(sealed: SealedModel) -> None:
         emulated=handle.emulated,
         slots_total=resident.shape.rows,
     )
+
+
+def audit_breach(error: OrcdError, audit: AuditLog | NoAudit) -> None:
+    """Records an error that says that weights changed, or that a rule was broken; no other."""
+    if error.code is ErrorCode.SEAL_VERIFICATION_FAILED:
+        audit.record(AuditEvent.VERIFICATION_FAILED, tensor=error.field, reason=error.message)
+    elif error.code is ErrorCode.POLICY_VIOLATION and error.field == "model_ref":
+        audit.record(AuditEvent.PATH_REFUSED, field=error.field, rule=error.message)
+    elif error.code is ErrorCode.POLICY_VIOLATION:
+        audit.record(AuditEvent.POLICY_VIOLATION, field=error.field, reason=error.message)

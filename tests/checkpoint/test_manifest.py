@@ -140,6 +140,12 @@ def test_another_version_is_named_with_the_one_that_is_read(
 SHA = "ab" * 32
 REPAIRED: dict[str, tuple[Callable[[Json], object], str]] = {
     "an additional field": (lambda m: m.update(extra=1), "at extra: "),
+    "itself among the files": (
+        lambda m: m["files"].insert(-1, {"path": "manifest.json", "size_bytes": 9, "sha256": SHA}),
+        "files lists manifest.json",
+    ),
+    "fewer tensors than its layers have": (lambda m: m["config"].update(num_layers=2), "2 layers and there are 10"),
+    "rotary frequencies that do not fall": (lambda m: m["config"].update(rope_theta=1.0), "at config.rope_theta"),
     "an additional field of a tensor": (lambda m: m["tensors"][0].update(extra=1), "at tensors.0.extra"),
     "a field whose name steers a terminal": (lambda m: m.update({"\x1b[2J\u202e": 1}), r"at \x1b[2J\u202e: "),
     "a field with a very long name": (lambda m: m.update({"x" * 10_000: 1}), "at xxx"),

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from orcd_jax.checkpoint.convert.layout import leaves
-from orcd_jax.checkpoint.manifest import Manifest, read_manifest
+from orcd_jax.checkpoint.manifest import Manifest, read_manifest, tensor_bytes
 from orcd_jax.checkpoint.progress import Progress
-from orcd_jax.checkpoint.restore import restore
+from orcd_jax.checkpoint.restore import restore, restore_problems
 from orcd_jax.checkpoint.verify import verify_files
 from orcd_jax.errors import ErrorCode, OrcdError
 from orcd_jax.models.config import RopeScaling, WeightDtype
@@ -87,6 +87,21 @@ def test_progress_begins_at_nothing_and_ends_at_all_bytes(checkpoint: Path, devi
     ]
 
 
+@pytest.mark.requirement("WORKER-4102")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_array_may_be_as_large_as_the_staging_memory_and_no_larger(
+    tmp_path: Path, device: jax.Device, dtype: WeightDtype
+) -> None:
+    convert(MemorySource(config=config(dtype=dtype)), tmp_path / "m")
+    manifest = read_manifest(tmp_path / "m")
+    largest = max(map(tensor_bytes, manifest.tensors))
+    assert restore(tmp_path / "m", manifest, device, staging_bytes=largest)
+    with pytest.raises(OrcdError) as refused:
+        restore(tmp_path / "m", manifest, device, staging_bytes=largest - 1)
+    error = refused.value
+    assert (error.code, error.needed_bytes, error.available_bytes) == (ErrorCode.HOST_OOM, largest, largest - 1)
+
+
 # -- a manifest that is not of its configuration -----------------------------------------------------------------------
 
 
@@ -139,6 +154,20 @@ def test_every_kind_of_position_and_attention_is_described_as_it_is(tmp_path: Pa
         made = config(rope_scaling=scaling, num_kv_heads=kv_heads)
         convert(MemorySource(config=made), tmp_path / str(number))
         restore(tmp_path / str(number), read_manifest(tmp_path / str(number)), device)
+
+
+@pytest.mark.requirement("WORKER-4211")
+def test_every_problem_of_a_manifest_is_told_at_once_and_a_good_one_has_none(checkpoint: Path, tmp_path: Path) -> None:
+    assert restore_problems(read_manifest(checkpoint), staging_bytes=2**20) == []
+    copy = copied(checkpoint, tmp_path)
+
+    def spoil(value: Json) -> None:
+        value["model"].update(attention="mha")
+        value["tensors"].pop(0)
+
+    edit_manifest(copy, spoil)
+    problems = restore_problems(read_manifest(copy), staging_bytes=1)
+    assert [problem.code.value for problem in problems] == ["MODEL_LOAD_FAILED", "MODEL_LOAD_FAILED", "HOST_OOM"]
 
 
 # -- arrays that are not of the manifest -------------------------------------------------------------------------------

@@ -29,6 +29,8 @@ class FakeNvml:
     absent: frozenset[str] = frozenset()  # an older driver does not have these
     processes: tuple[tuple[int, int], ...] = ()
     gpus: int = 2
+    used: int = 21  # of a whole GPU
+    free: int = 84
     calls: list[str] = field(default_factory=list)
 
     def __getattr__(self, name: str) -> Callable[..., int]:
@@ -102,8 +104,8 @@ class FakeNvml:
 
     def _nvmlDeviceGetMemoryInfo_v2(self, device: Any, memory: Any) -> int:
         assert memory.version == 0x2000028, "not nvmlMemory_v2"
-        scale = 1 if device.value == MIG_HANDLE else 7
-        memory.total, memory.used, memory.reserved, memory.free = 20 * scale, 3 * scale, 5 * scale, 12 * scale
+        used, free, reserved = (3, 12, 5) if device.value == MIG_HANDLE else (self.used, self.free, 35)
+        memory.total, memory.used, memory.reserved, memory.free = used + free + reserved, used, reserved, free
         return 0
 
     def _nvmlDeviceGetComputeRunningProcesses_v3(self, device: Any, count: Any, infos: Any) -> int:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -16,10 +17,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orcd_jax.device.gpu_health import GpuHealth, GpuHealthSampler, GpuProbe, GpuProcess
+from orcd_jax.device.gpu_health import (
+    DRIVER_BYTES,
+    GpuHealth,
+    GpuHealthSampler,
+    GpuProbe,
+    GpuProcess,
+    foreign_bytes,
+)
 from tests.device.fake_nvml import BUS_IDS, GPUS, MIG, NOT_AVAILABLE, FakeNvml
 
 WAIT_S = 10.0
+GIB = 2**30
 
 FULL = GpuHealth(
     uuid=GPUS[0],
@@ -31,6 +40,7 @@ FULL = GpuHealth(
     ecc_uncorrected=2**33,
     memory_total_bytes=140,
     memory_used_bytes=21,
+    memory_free_bytes=84,
     other_processes=(),
 )
 FUNCTIONS = sorted(name[1:] for name in vars(FakeNvml) if name.startswith("_nvml"))
@@ -75,7 +85,7 @@ def test_an_index_of_another_order_is_believed_only_where_there_is_one_gpu() -> 
 
 def test_a_slice_has_its_own_memory_and_the_boards_temperature() -> None:
     health = GpuProbe(MIG, library=FakeNvml()).read()
-    assert (health.memory_total_bytes, health.memory_used_bytes) == (20, 3)
+    assert (health.memory_total_bytes, health.memory_used_bytes, health.usable_memory_bytes) == (20, 3, 15)
     assert (health.temperature_c, health.power_w, health.ecc_uncorrected) == (41, 412.5, 2**33)
 
 
@@ -88,7 +98,7 @@ def test_other_processes_are_all_but_this_one() -> None:
         GpuProcess(pid=9, memory_bytes=None),
         GpuProcess(pid=11, memory_bytes=24),
     )
-    assert health.other_memory_bytes == 1024
+    assert health.own_memory_bytes == 5000
 
 
 def test_processes_that_cannot_be_listed_are_not_none_at_all() -> None:
@@ -96,7 +106,79 @@ def test_processes_that_cannot_be_listed_are_not_none_at_all() -> None:
     for library in (many, FakeNvml(broken=frozenset({"nvmlDeviceGetComputeRunningProcesses_v3"}))):
         health = GpuProbe("0", library=library).read()
         assert health.other_processes is None
-        assert health.other_memory_bytes is None
+        assert foreign_bytes(FULL, health) is None
+
+
+# -- what others hold --------------------------------------------------------------------------------------------------
+
+
+def reading(used: int, *processes: tuple[int, int]) -> GpuHealth:
+    """As the driver tells it: bytes in use, and who holds how much."""
+    return GpuProbe("0", library=FakeNvml(used=used, processes=processes)).read()
+
+
+OWN = os.getpid()
+IDLE = reading(4 * 2**20)
+
+
+@pytest.mark.requirement("WORKER-4214")
+@pytest.mark.parametrize(
+    ("before", "now", "foreign"),
+    [
+        (IDLE, IDLE, 0),
+        (IDLE, reading(60 * GIB, (OWN, 60 * GIB - 9 * 2**20)), 0),
+        (IDLE, reading(61 * GIB, (OWN, 60 * GIB)), GIB),
+        (IDLE, reading(61 * GIB, (OWN, 60 * GIB), (7, GIB // 2)), GIB),
+        (reading(GIB), reading(GIB), GIB),
+        (reading(GIB), reading(60 * GIB, (OWN, 60 * GIB)), 0),
+        (reading(GIB), reading(61 * GIB), GIB),
+        (reading(GIB), reading(61 * GIB, (OWN, NOT_AVAILABLE)), GIB),
+        (IDLE, reading(3 * GIB, (7, 3 * GIB)), 3 * GIB),
+        (reading(GIB), reading(3 * GIB, (7, 3 * GIB)), 3 * GIB),
+        (IDLE, reading(5 * 2**20, (OWN, 2**20), (7, 2**20)), 4 * 2**20),
+        (IDLE, reading(2**20, (OWN, 2 * 2**20), (7, 2**20)), 2**20),
+        (reading(DRIVER_BYTES), reading(0), 0),
+        (reading(DRIVER_BYTES + 1), reading(0), DRIVER_BYTES + 1),
+    ],
+    ids=[
+        "nobody",
+        "this process alone, and the driver's small change",
+        "one that a container is not shown",
+        "one that is listed and one that is not",
+        "one before this process opens the device",
+        "one that has left since",
+        "this process not listed",
+        "this process listed without its memory",
+        "one that came while this process is not listed",
+        "the same, after another",
+        "a small one that is listed",
+        "one listed, the sums not of one moment",
+        "the most that counts as nobody",
+        "a byte more",
+    ],
+)
+def test_what_is_in_use_and_not_this_processs_own_is_others(before: GpuHealth, now: GpuHealth, foreign: int) -> None:
+    assert foreign_bytes(before, now) == foreign
+
+
+@pytest.mark.requirement("WORKER-4214")
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [
+        (GpuHealth(), GpuHealth()),
+        (IDLE, GpuHealth()),
+        (GpuHealth(), IDLE),
+        (IDLE, replace(IDLE, other_processes=None)),
+        (IDLE, replace(IDLE, memory_used_bytes=None)),
+        (GpuHealth(), reading(GIB, (7, GIB))),
+    ],
+)
+def test_what_the_driver_does_not_tell_is_not_nothing(before: GpuHealth, now: GpuHealth) -> None:
+    assert foreign_bytes(before, now) is None
+
+
+def test_what_was_not_known_before_need_not_be_known_where_the_driver_lists_this_process() -> None:
+    assert foreign_bytes(GpuHealth(), reading(3 * GIB, (OWN, GIB))) == 2 * GIB
 
 
 @pytest.mark.requirement("WORKER-4812")
@@ -120,6 +202,7 @@ def test_whatever_fails_costs_its_own_fields_only(broken: frozenset[str], absent
             "ecc_uncorrected": "nvmlDeviceGetTotalEccErrors",
             "memory_total_bytes": "nvmlDeviceGetMemoryInfo_v2",
             "memory_used_bytes": "nvmlDeviceGetMemoryInfo_v2",
+            "memory_free_bytes": "nvmlDeviceGetMemoryInfo_v2",
             "other_processes": "nvmlDeviceGetComputeRunningProcesses_v3",
         }
         for name, function in needs.items():
@@ -214,6 +297,21 @@ def test_a_sampler_reads_at_once_and_then_every_five_seconds(
     assert (sampler.latest(), pace.waits) == (GpuHealth(temperature_c=2), [5.0, 5.0])
 
 
+def test_the_first_reading_is_there_when_the_sampler_has_started() -> None:
+    """Else the device could be opened before it was known what others hold of it."""
+    begun = threading.Event()
+
+    def read() -> GpuHealth:
+        assert not begun.wait(0.05)  # whoever starts the sampler waits for this
+        return FULL
+
+    sampler = GpuHealthSampler(read)
+    sampler.start(WAIT_S)
+    begun.set()
+    assert sampler.latest() == FULL
+    assert sampler.close(WAIT_S)
+
+
 def test_a_reading_that_is_old_is_not_told(paced: tuple[Paced, GpuHealthSampler, list[float]]) -> None:
     pace, sampler, clock_s = paced
     sampler.start()
@@ -233,7 +331,8 @@ def test_a_sampler_that_the_driver_holds_does_not_hold_its_owner() -> None:
         return GpuHealth()
 
     sampler = GpuHealthSampler(hang)
-    sampler.start()
+    sampler.start(timeout_s=0.01)
+    assert sampler.latest() == GpuHealth()
     assert entered.wait(WAIT_S)
     assert not sampler.close(timeout_s=0.01)
     freed.set()
@@ -326,8 +425,9 @@ def test_another_process_on_a_real_gpu_is_seen_and_leaves() -> None:
     assert during.memory_used_bytes - before.memory_used_bytes > 2**28
     assert during.other_processes is not None
     assert other.pid in {process.pid for process in during.other_processes}
-    assert during.other_memory_bytes is not None
-    assert during.other_memory_bytes > 2**28
+    foreign = foreign_bytes(before, during)
+    assert foreign is not None
+    assert foreign > 2**28
     assert after.other_processes is not None
     assert other.pid not in {process.pid for process in after.other_processes}
 
@@ -344,4 +444,6 @@ def test_this_process_is_not_another(device: jax.Device) -> None:
     assert during.memory_used_bytes is not None
     assert before.other_processes is not None
     assert during.other_processes is not None
+    assert during.own_memory_bytes is not None
+    assert during.own_memory_bytes > 2**28
     assert {process.pid for process in during.other_processes} <= {process.pid for process in before.other_processes}

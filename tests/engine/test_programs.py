@@ -15,7 +15,7 @@ from orcd_jax.engine.prefill_call import PrefillCallBuilder
 from orcd_jax.engine.programs import Programs
 from orcd_jax.engine.request import SamplingParams
 from orcd_jax.engine.sampling import SamplingRows, choose
-from orcd_jax.engine.state import EngineShape, kv_bytes
+from orcd_jax.engine.state import EngineShape
 from tests.engine.tiny import SHAPE, TINY, LogitsDriver, loud_params
 
 Floats = NDArray[np.float64]
@@ -219,8 +219,3 @@ def test_a_sampled_row_is_drawn_by_its_own_parameters_at_its_own_positions(
     assert got == drawn(params)
     unfiltered = drawn(replace(params, top_k=0, top_p=1.0, min_p=0.0))
     assert (got == unfiltered) is (not filters)  # each filter matters here
-
-
-def test_kv_bytes_is_what_the_state_holds(device: jax.Device) -> None:
-    state = PROGRAMS(device).init()
-    assert sum(x.nbytes for x in jax.tree.leaves(state.kv)) == kv_bytes(TINY, SHAPE)

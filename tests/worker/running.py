@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections.abc import Coroutine
 from concurrent.futures import Future
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 
 from orcd_jax.config import WorkerConfig
+from orcd_jax.device.gpu_health import GpuProbe
 from orcd_jax.engine.request import Ended, Failed, Tokens
 from orcd_jax.errors import ErrorCode, OrcdError
 from orcd_jax.worker.services import Services
-from orcd_jax.worker.types import ExecuteParams, WorkerEvent
+from orcd_jax.worker.types import CommitParams, ExecuteParams, Handle, WorkerEvent
 from orcd_jax.worker.worker import Worker
 from tests.conftest import PLATFORM
 
@@ -34,9 +36,17 @@ def config_of(checkpoint: Path, **changes: str | bool) -> WorkerConfig:
         "api_token_file": "/nowhere/token",
         "standalone": True,
         "slots_total": str(SLOTS),
+        "allow_shared_gpu": PLATFORM == "cuda",  # several processes of the suite use it at once
         **changes,
     }
     return WorkerConfig.from_flags(given)
+
+
+def services_of(**given: Any) -> Services:
+    """A worker's services; on a GPU its driver is asked."""
+    if PLATFORM == "cuda":
+        given = {"gpu_health": GpuProbe(os.environ.get("CUDA_VISIBLE_DEVICES", "0")).read, **given}
+    return Services(**given)
 
 
 class Running:
@@ -46,11 +56,11 @@ class Running:
         self.loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self.loop.run_forever, daemon=True)
         self._thread.start()
-        self.worker = self.run(self._made(config, services))
+        self.worker = self.run(self._made(config, services or services_of()))
         self.states = [self.worker.lifecycle.state]
         self.worker.lifecycle.subscribe(self.states.append)
 
-    async def _made(self, config: WorkerConfig, services: Services | None) -> Worker:
+    async def _made(self, config: WorkerConfig, services: Services) -> Worker:
         return Worker(config, services)
 
     def begin(self, work: Coroutine[object, object, Result]) -> Future[Result]:
@@ -84,6 +94,13 @@ def job(job_id: str, **changes: object) -> ExecuteParams:
 
 async def events_of(worker: Worker, params: ExecuteParams, owner: str = "o") -> list[WorkerEvent]:
     return [event async for event in worker.execute(params, owner)]
+
+
+async def commit_of(worker: Worker, params: CommitParams) -> Handle:
+    """The handle that a Commit ends with."""
+    events = [event async for event in worker.commit(params)]
+    assert isinstance(events[-1], Handle)
+    return events[-1]
 
 
 def ids_of(events: list[WorkerEvent]) -> tuple[int, ...]:

@@ -61,7 +61,8 @@ def test_plan_and_commit_compare_before_a_file_is_read(tiny_checkpoint: Path, tm
     awaiting = Running(config_of(other, await_commit=True))
     awaiting.run(awaiting.worker.start())
     info = awaiting.run(awaiting.worker.plan(PlanParams()))
-    assert [reason.code for reason in info.reasons] == [ErrorCode.CAPABILITY_MISMATCH]
+    assert info.reasons[0].code is ErrorCode.CAPABILITY_MISMATCH
+    assert info.memory is not None, "all else is told, too"
 
     async def commit() -> None:
         async for _ in awaiting.worker.commit(CommitParams(plan=PlanParams())):

@@ -10,12 +10,12 @@ import pytest
 
 from orcd_jax.engine.request import Ended
 from orcd_jax.errors import ErrorCode, OrcdError
-from orcd_jax.worker import worker as worker_module
+from orcd_jax.worker import commits as commits_module
 from orcd_jax.worker.lifecycle import State
 from orcd_jax.worker.loader import ResidentModel, load
-from orcd_jax.worker.types import CommitParams, Handle, PlanInfo, PlanParams
+from orcd_jax.worker.types import CommitParams, PlanInfo, PlanParams
 from tests.conftest import PLATFORM
-from tests.worker.running import Running, config_of, events_of, job
+from tests.worker.running import Running, commit_of, config_of, events_of, job
 
 pytestmark = [
     pytest.mark.slow,
@@ -31,12 +31,6 @@ def awaiting(checkpoint: Path, **flags: str | bool) -> Running:
 
 def plan_of(running: Running, **wishes: int) -> PlanInfo:
     return running.run(running.worker.plan(PlanParams(**wishes)))  # type: ignore[arg-type]
-
-
-async def committed(running: Running, params: CommitParams) -> Handle:
-    events = [event async for event in running.worker.commit(params)]
-    assert isinstance(events[-1], Handle)
-    return events[-1]
 
 
 def total(info: PlanInfo) -> int:
@@ -59,7 +53,7 @@ def test_around_the_limit_of_a_simulated_device_feasible_loads_and_infeasible_do
         loads.append(1)
         return load(*arguments, **named)
 
-    monkeypatch.setattr(worker_module, "load", counted)
+    monkeypatch.setattr(commits_module, "load", counted)
     for number, ((slots, context), need) in enumerate(needs.items()):
         flags = {"slots_total": str(slots), "max_context": str(context), "prefill_tokens": "1024"}
         for memory, fits in ((need - 1, False), (need, True)):
@@ -69,11 +63,11 @@ def test_around_the_limit_of_a_simulated_device_feasible_loads_and_infeasible_do
             info, before = plan_of(running), len(loads)
             assert info.feasible is fits
             if fits:
-                assert running.run(committed(running, CommitParams(plan=PlanParams()))).sealed
+                assert running.run(commit_of(running.worker, CommitParams(plan=PlanParams()))).sealed
                 assert isinstance(running.run(events_of(running.worker, job("a")))[-1], Ended)
             else:
                 with pytest.raises(OrcdError) as refused:
-                    running.run(committed(running, CommitParams(plan=PlanParams())))
+                    running.run(commit_of(running.worker, CommitParams(plan=PlanParams())))
                 assert refused.value.code is ErrorCode.INSUFFICIENT_VRAM
                 assert (refused.value.needed_bytes, refused.value.available_bytes) == (need, memory)
                 assert len(loads) == before, "refused after something was loaded"
@@ -106,13 +100,13 @@ def test_a_failed_commit_frees_everything_and_another_may_follow(
     def fails(*_: object, **__: object) -> None:
         raise OrcdError(ErrorCode.VRAM_OOM, "no memory for the state")
 
-    monkeypatch.setattr(worker_module, "seal_model", fails)
+    monkeypatch.setattr(commits_module, "seal_model", fails)
     with pytest.raises(OrcdError, match="no memory for the state"):
-        running.run(committed(running, CommitParams(plan=PlanParams())))
+        running.run(commit_of(running.worker, CommitParams(plan=PlanParams())))
     assert running.worker.lifecycle.state is State.STARTING
     assert running.states[-2:] == [State.LOADING, State.STARTING]
     monkeypatch.undo()
-    assert running.run(committed(running, CommitParams(plan=PlanParams()))).sealed
+    assert running.run(commit_of(running.worker, CommitParams(plan=PlanParams()))).sealed
     running.close()
 
 
@@ -125,10 +119,10 @@ def test_a_failed_commit_that_leaves_memory_behind_stops_the_worker(
     def fails(*_: object, **__: object) -> None:
         raise OrcdError(ErrorCode.VRAM_OOM, "no memory for the state")
 
-    monkeypatch.setattr(worker_module, "seal_model", fails)
-    monkeypatch.setattr(worker_module, "bytes_in_use", lambda _: 10**9)
+    monkeypatch.setattr(commits_module, "seal_model", fails)
+    monkeypatch.setattr(commits_module, "bytes_in_use", lambda _: 10**9)
     with pytest.raises(OrcdError, match="no memory for the state"):
-        running.run(committed(running, CommitParams(plan=PlanParams())))
+        running.run(commit_of(running.worker, CommitParams(plan=PlanParams())))
     assert running.worker.lifecycle.state is State.STOPPED
     assert "1000000000 bytes" in running.run(running.worker.wait_failed()).message
     running.close()
@@ -137,10 +131,10 @@ def test_a_failed_commit_that_leaves_memory_behind_stops_the_worker(
 @pytest.mark.requirement("WORKER-4224")
 def test_whoever_asks_for_the_same_while_it_loads_joins_in_and_others_wait(tiny_checkpoint: Path) -> None:
     running = awaiting(tiny_checkpoint)
-    first = running.begin(committed(running, CommitParams(plan=PlanParams(), shard_id="s")))
-    second = running.begin(committed(running, CommitParams(plan=PlanParams(), shard_id="s")))
+    first = running.begin(commit_of(running.worker, CommitParams(plan=PlanParams(), shard_id="s")))
+    second = running.begin(commit_of(running.worker, CommitParams(plan=PlanParams(), shard_id="s")))
     with pytest.raises(OrcdError) as refused:
-        running.run(committed(running, CommitParams(plan=PlanParams(), shard_id="other")))
+        running.run(commit_of(running.worker, CommitParams(plan=PlanParams(), shard_id="other")))
     assert refused.value.code is ErrorCode.BUSY
     assert first.result(120) == second.result(120)
     running.close()
@@ -150,7 +144,7 @@ def test_whoever_asks_for_the_same_while_it_loads_joins_in_and_others_wait(tiny_
 def test_a_worker_that_wants_pinned_models_refuses_others(tiny_checkpoint: Path) -> None:
     running = awaiting(tiny_checkpoint, require_pinned=True)
     with pytest.raises(OrcdError) as refused:
-        running.run(committed(running, CommitParams(plan=PlanParams())))
+        running.run(commit_of(running.worker, CommitParams(plan=PlanParams())))
     assert refused.value.code is ErrorCode.POLICY_VIOLATION
     assert running.worker.lifecycle.state is State.STARTING
     running.close()

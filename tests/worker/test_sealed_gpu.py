@@ -13,11 +13,10 @@ import pytest
 
 from orcd_jax.engine.request import Ended
 from orcd_jax.errors import ErrorCode, OrcdError
-from orcd_jax.worker.services import Services
 from orcd_jax.worker.types import PlanParams
 from tests.real_model import Checkpoints, smollm2_checkpoints, smollm2_gguf
 from tests.residency.bitflip import flip_bit
-from tests.worker.running import Running, config_of, events_of, job
+from tests.worker.running import Running, config_of, events_of, job, services_of
 from tests.worker.trial import WAIT_S, Trial, random_bit
 
 __all__ = ["smollm2_checkpoints", "smollm2_gguf"]
@@ -50,7 +49,7 @@ def used_bytes() -> int:
 def test_the_largest_plan_loads_and_serves_and_one_slot_more_is_refused_before_loading(
     checkpoint: Path, tmp_path: Path, device: jax.Device
 ) -> None:
-    services = Services(plans_directory=tmp_path / "plans")
+    services = services_of(plans_directory=tmp_path / "plans")
     wanted = Running(config_of(checkpoint, slots_total="1024", max_context="8192", await_commit=True), services)
     wanted.run(wanted.worker.start())
     info = wanted.run(wanted.worker.plan(PlanParams()))

@@ -13,7 +13,7 @@ import pytest
 from orcd_jax.engine.request import Ended, Failed
 from orcd_jax.errors import ErrorCode, OrcdError
 from orcd_jax.residency.bounds import Sizes
-from orcd_jax.worker import worker as worker_module
+from orcd_jax.worker import commits as commits_module
 from orcd_jax.worker.lifecycle import State
 from orcd_jax.worker.loader import ResidentModel, load
 from orcd_jax.worker.planner import engine_shape
@@ -109,7 +109,7 @@ def test_a_worker_that_is_stopped_while_it_loads_never_becomes_ready(
         assert go_on.wait(WAIT_S)
         return load(*arguments, **named)
 
-    monkeypatch.setattr(worker_module, "load", slowly)
+    monkeypatch.setattr(commits_module, "load", slowly)
     stopped = Running(config_of(tiny_checkpoint))
     started = stopped.begin(stopped.worker.start())
     assert loading.wait(WAIT_S)
