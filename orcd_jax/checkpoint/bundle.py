@@ -15,7 +15,6 @@ import base64
 import binascii
 import hashlib
 import importlib
-import json
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,11 +27,15 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.alias_generators import to_camel
 
+from orcd_jax.checkpoint import untrusted_json
 from orcd_jax.checkpoint.manifest import MANIFEST_FILE, Sha256
 from orcd_jax.errors import ErrorCode, OrcdError
 
 CURVES: dict[str, type[SHA256 | SHA384 | SHA512]] = {"secp256r1": SHA256, "secp384r1": SHA384, "secp521r1": SHA512}
 """The curves of the format, by their names in SEC 2, and the hash that goes with each."""
+
+MAX_STATEMENT_VALUES = 1_000_000
+"""Of the statement that a trusted key signed: four for each file of a model."""
 
 _PAYLOAD_TYPE = "application/vnd.in-toto+json"
 _CERTIFICATES = frozenset({"certificate", "x509CertificateChain"})
@@ -183,11 +186,11 @@ def _authenticated(payload: bytes) -> bytes:
 def _listed_manifest(payload: bytes) -> str:
     """The SHA-256 that a signed statement gives manifest.json."""
     try:
-        predicate = _Statement.model_validate(json.loads(payload)).predicate
+        predicate = _Statement.model_validate(untrusted_json.load(payload, most=MAX_STATEMENT_VALUES)).predicate
     except ValidationError as error:
         raise _unusable(f"its statement is not one of model-signing 1.x: {_first(error)}") from None
-    except (ValueError, RecursionError):
-        raise _unusable("its statement is not JSON") from None
+    except ValueError:
+        raise _unusable("its statement is not JSON, or names a field twice") from None
     how = (predicate.serialization.method, predicate.serialization.hash_type)
     if how != ("files", "sha256"):
         raise _unusable("it was not made over whole files with SHA-256, the default of model-signing: sign again so")

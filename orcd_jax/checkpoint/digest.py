@@ -10,7 +10,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from io import BufferedReader
 
 import numpy as np
 from numpy.typing import NDArray
@@ -99,11 +99,11 @@ def roots_digest(entry: TensorEntry, roots: Iterable[bytes]) -> str:
     return _combined({**header, "chunk_bytes": CHUNK}, roots)
 
 
-def file_digest(path: Path, on_bytes: Callable[[int], None]) -> tuple[int, str]:
-    """Size and SHA-256 of a file's bytes.
+def file_digest(file: BufferedReader, on_bytes: Callable[[int], None]) -> tuple[int, str]:
+    """Size and SHA-256 of a file's bytes. One that grows meanwhile is followed past its size by one block at most.
 
     Args:
-      path: the file.
+      file: opened, at its start.
       on_bytes: called with the number of bytes of each block read.
 
     Raises:
@@ -112,11 +112,11 @@ def file_digest(path: Path, on_bytes: Callable[[int], None]) -> tuple[int, str]:
     hasher, size = hashlib.sha256(), 0
     block = bytearray(_FILE_BLOCK)
     view = memoryview(block)
-    with path.open("rb", buffering=0) as file:
-        while count := file.readinto(block):
-            hasher.update(view[:count])
-            size += count
-            on_bytes(count)
+    expected = os.fstat(file.fileno()).st_size
+    while size <= expected and (count := file.readinto(block)):
+        hasher.update(view[:count])
+        size += count
+        on_bytes(count)
     return size, hasher.hexdigest()
 
 

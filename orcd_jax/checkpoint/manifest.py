@@ -22,6 +22,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from orcd_jax.checkpoint import untrusted_json
 from orcd_jax.errors import ErrorCode, OrcdError
 from orcd_jax.models.config import LlamaConfig, WeightDtype
 
@@ -31,9 +32,12 @@ MANIFEST_FILE = "manifest.json"
 ARRAYS_DIRECTORY = "arrays"
 TOKENIZER_FILE = "tokenizer.json"
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
-MAX_MANIFEST_BYTES = 64 * 1024 * 1024
+MAX_MANIFEST_BYTES = 32 * 1024 * 1024  # what as many files as there may be take
 MAX_TENSORS = 10_000
 MAX_FILES = 100_000
+MAX_MANIFEST_VALUES = 700_000
+"""In its JSON: 4 for each file, up to 16 for each tensor, and its history. Unbounded, 32 MB may take 11 GB to parse."""
+
 LEAST_LAYER_TENSORS = 6
 """Of a layer: two norms, and the two matrices each of attention and of the MLP."""
 
@@ -44,7 +48,7 @@ Word = Annotated[str, Field(pattern=r"^[a-z0-9_]{1,64}$")]
 
 
 class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)  # a size is neither "12" nor true
 
 
 class TensorEntry(_Record):
@@ -59,7 +63,7 @@ class TensorEntry(_Record):
     """
 
     path: str = Field(pattern=r"^[a-z0-9_]+(\.[a-z0-9_]+)*$", max_length=256)
-    shape: tuple[Annotated[int, Field(ge=1, lt=2**40)], ...] = Field(max_length=8)
+    shape: tuple[Annotated[int, Field(ge=1, lt=2**40)], ...] = Field(max_length=8, fail_fast=True)
     dtype: WeightDtype
     kind: Literal["dense"] = "dense"
     shard_axis: int | None = None
@@ -109,7 +113,7 @@ class TokenizerEntry(_Record):
 
     kind: str
     bos_id: TokenId | None
-    eos_ids: tuple[TokenId, ...]
+    eos_ids: tuple[TokenId, ...] = Field(fail_fast=True)
     add_bos: bool
 
 
@@ -125,8 +129,8 @@ class Provenance(_Record):
     """Where the weights came from and what converted them."""
 
     format: Literal["gguf", "safetensors", "random"]
-    files: tuple[SourceFile, ...]
-    tensor_types: tuple[str, ...]
+    files: tuple[SourceFile, ...] = Field(fail_fast=True)
+    tensor_types: tuple[str, ...] = Field(fail_fast=True)
     converter: str
     converter_version: str
 
@@ -140,12 +144,12 @@ class Manifest(_Record):
     """
 
     format: Literal["orcd-checkpoint"] = "orcd-checkpoint"
-    format_version: Literal[1] = 1
+    format_version: Annotated[int, Field(ge=FORMAT_VERSION, le=FORMAT_VERSION)] = FORMAT_VERSION  # not true, nor 1.0
     model: ModelCapabilities
     config: LlamaConfig
     tokenizer: TokenizerEntry
-    tensors: tuple[TensorEntry, ...] = Field(max_length=MAX_TENSORS)
-    files: tuple[FileEntry, ...] = Field(max_length=MAX_FILES)
+    tensors: tuple[TensorEntry, ...] = Field(max_length=MAX_TENSORS, fail_fast=True)
+    files: tuple[FileEntry, ...] = Field(max_length=MAX_FILES, fail_fast=True)
     digest: Sha256
     source: Provenance
     provenance_digest: Sha256 = Field(default_factory=lambda given: _made(given))
@@ -159,6 +163,8 @@ class Manifest(_Record):
             raise ValueError(f"files lists {MANIFEST_FILE}, which cannot hold its own digest")
         if self.model.vocab_size != self.config.vocab_size or self.model.context_max != self.config.context_max:
             raise ValueError("model and config disagree about vocab_size or context_max")
+        if any(token >= self.config.vocab_size for token in (*self.tokenizer.eos_ids, self.tokenizer.bos_id or 0)):
+            raise ValueError(f"tokenizer names a token that is not below vocab_size {self.config.vocab_size}")
         if self.config.num_layers * LEAST_LAYER_TENSORS > len(self.tensors):  # before each layer is described
             raise ValueError(f"config has {self.config.num_layers} layers and there are {len(self.tensors)} tensors")
         if self.digest != model_digest(self.config, self.tokenizer, self.files, self.tensors):
@@ -265,9 +271,12 @@ def parse_manifest(raw: bytes) -> Manifest:
       OrcdError: MODEL_LOAD_FAILED, when it is not JSON, of another version, or inconsistent.
     """
     try:
-        value = json.loads(raw)
-    except (ValueError, RecursionError):
-        raise _failed("manifest.json is not valid JSON; convert the model again") from None
+        value = untrusted_json.load(raw, most=MAX_MANIFEST_VALUES)
+    except ValueError:
+        raise _failed(
+            f"manifest.json is not valid JSON, names a field twice or holds more than {MAX_MANIFEST_VALUES} values: "
+            "convert the model again"
+        ) from None
     version = value.get("format_version") if isinstance(value, dict) else None
     if isinstance(value, dict) and value.get("format") == FORMAT and version != FORMAT_VERSION:
         raise _failed(

@@ -28,14 +28,17 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_public_key
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from orcd_jax.checkpoint import untrusted_json
 from orcd_jax.checkpoint.bundle import CURVES, key_hint, verify_bundle
-from orcd_jax.checkpoint.manifest import Sha256, canonical_json
+from orcd_jax.checkpoint.manifest import MAX_MANIFEST_VALUES, Sha256, canonical_json
+from orcd_jax.checkpoint.regular_file import open_regular
 from orcd_jax.errors import ErrorCode, OrcdError
 
 DOMAIN = b"orcd-checkpoint-signature-v1\0"
 FORMAT: Final = "orcd-signature"
 FORMAT_VERSION = 1
 MAX_SIGNATURE_BYTES = 4 * 1024 * 1024  # what one message to a worker may have; a bundle has some 200 bytes a file
+MAX_SIGNATURE_VALUES = 1_000  # a bundle's list of files is one text in it
 MAX_KEYS_FILE_BYTES = 64 * 1024
 MAX_TRUSTED_KEYS = 64
 
@@ -223,21 +226,14 @@ def _parse(signature: bytes) -> dict[str, object]:
     if len(signature) > MAX_SIGNATURE_BYTES:
         raise _unusable(f"it has {len(signature)} bytes; the limit is {MAX_SIGNATURE_BYTES}")
     try:
-        value = json.loads(signature, object_pairs_hook=_unique)
-    except (ValueError, RecursionError):
+        value = untrusted_json.load(signature, most=MAX_SIGNATURE_VALUES)
+    except ValueError:
         raise _unusable(
-            "it is not JSON, or names a field twice; `orcd sign` and model-signing make such files"
+            f"it is not JSON, names a field twice, or holds more than {MAX_SIGNATURE_VALUES} values; `orcd sign` and "
+            "model-signing make such files"
         ) from None
     if not isinstance(value, dict):
         raise _unusable("it is JSON, but not an object")
-    return value
-
-
-def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """Two readers must not see two things in one signature."""
-    value = dict(pairs)
-    if len(value) != len(pairs):
-        raise ValueError("a field twice")
     return value
 
 
@@ -257,8 +253,8 @@ def _detached(value: dict[str, object]) -> _Detached:
 def _named_digest(manifest_bytes: bytes) -> str:
     """The model digest that a manifest names; whether that is true is for ``manifest`` and ``verify`` to check."""
     try:
-        value = json.loads(manifest_bytes)
-    except (ValueError, RecursionError):
+        value = untrusted_json.load(manifest_bytes, most=MAX_MANIFEST_VALUES)
+    except ValueError:
         value = None
     digest = value.get("digest") if isinstance(value, dict) else None
     if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
@@ -269,22 +265,16 @@ def _named_digest(manifest_bytes: bytes) -> str:
 def _read(path: Path, field: str, limit: int, *, refused_mode: int = 0) -> bytes:
     """The bytes of a regular file of bounded size."""
     try:
-        opened = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a named pipe does not hold us
+        with open_regular(path) as file:
+            status = os.fstat(file.fileno())
+            if status.st_mode & refused_mode:
+                mode = stat.S_IMODE(status.st_mode)
+                raise _refusal(field, f"others can write to it (mode {mode:04o}); run `chmod go-w` on it")
+            if status.st_size > limit:
+                raise _refusal(field, f"it has {status.st_size} bytes; the limit is {limit}")
+            return file.read(limit)
     except OSError as error:
         raise _refusal(field, f"it cannot be read ({error.strerror or type(error).__name__})") from None
-    try:
-        status = os.fstat(opened)
-        if not stat.S_ISREG(status.st_mode):
-            raise _refusal(field, "it is not a regular file")
-        if status.st_mode & refused_mode:
-            mode = stat.S_IMODE(status.st_mode)
-            raise _refusal(field, f"others can write to it (mode {mode:04o}); run `chmod go-w` on it")
-        if status.st_size > limit:
-            raise _refusal(field, f"it has {status.st_size} bytes; the limit is {limit}")
-        with open(opened, "rb", closefd=False) as file:
-            return file.read(limit)
-    finally:
-        os.close(opened)
 
 
 def _refusal(field: str, problem: str) -> OrcdError:

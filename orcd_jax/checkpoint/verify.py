@@ -1,7 +1,7 @@
-"""Proves a checkpoint: every file before it is parsed, every array after it lies on the device.
+"""Proves a checkpoint's files before anything of them is parsed.
 
-Orbax does not notice corrupt array data, so neither check can be left out: the first finds what changed on disk before
-anything is loaded, the second what changed on the way.
+Orbax does not notice corrupt array data. What changes on the way from these files to the device, and whatever is done
+to them after they were looked at, the proof of the arrays finds (``residency.prover``).
 """
 
 from __future__ import annotations
@@ -10,20 +10,19 @@ import hashlib
 import os
 import stat
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-import numpy as np
-
-from orcd_jax.checkpoint.digest import entry_digest, file_digest
-from orcd_jax.checkpoint.manifest import MANIFEST_FILE, MAX_FILES, FileEntry, Manifest, tensor_bytes
+from orcd_jax.checkpoint.digest import file_digest
+from orcd_jax.checkpoint.manifest import MANIFEST_FILE, MAX_FILES, FileEntry, Manifest
 from orcd_jax.checkpoint.progress import Progress
+from orcd_jax.checkpoint.regular_file import open_listed
 from orcd_jax.errors import ErrorCode, OrcdError
 
-if TYPE_CHECKING:  # it imports JAX, which a check of files does without
-    from orcd_jax.models.registry import Params
+MAX_OVERHEAD_BYTES = 16 * 2**30
+"""What all files may have beyond twice the weights. What is written takes some 140 bytes times the square of the number
+of arrays, and a tokenizer; a sparse file may claim petabytes, and would be read to its end."""
 
 OnProgress = Callable[[Progress], None]
 
@@ -34,7 +33,7 @@ def verify_files(
     """Compares every file with the manifest: nothing missing, nothing unlisted, no links, each SHA-256 equal.
 
     A link, symbolic or hard, is refused even where its content is right: under its other name the content can be
-    changed from outside the directory, after it was checked.
+    changed from outside the directory, after it was checked. A folder is listed when a file in it is.
 
     Args:
       directory: the checkpoint.
@@ -45,13 +44,18 @@ def verify_files(
     Raises:
       OrcdError: MODEL_LOAD_FAILED, naming the first file that differs.
     """
-    listed = {entry.path: entry for entry in manifest.files}
-    present = _files_below(directory)
-    for path in sorted(listed.keys() - present):
-        raise _differs(path, "is missing")
-    for path in sorted(present - listed.keys() - {MANIFEST_FILE}):
-        raise _differs(path, "is not listed in manifest.json")
     total, done, lock = sum(entry.size_bytes for entry in manifest.files), 0, threading.Lock()
+    if total > (most := 2 * manifest.weight_bytes + MAX_OVERHEAD_BYTES):
+        largest = max(manifest.files, key=lambda entry: entry.size_bytes)
+        raise _differs(
+            largest.path, f"makes them {total} bytes; {manifest.weight_bytes} of weights take at most {most}"
+        )
+    listed = {entry.path for entry in manifest.files}
+    files, folders = _below(directory)
+    for path in sorted(listed - files):
+        raise _differs(path, "is missing")
+    for path in *sorted(files - listed - {MANIFEST_FILE}), *sorted(folders - _folders_of(listed)):
+        raise _differs(path, "is not listed in manifest.json")
 
     def advance(count: int) -> None:
         nonlocal done
@@ -61,11 +65,12 @@ def verify_files(
 
     def check(entry: FileEntry) -> None:
         try:
-            size = (directory / entry.path).stat().st_size
-            if size != entry.size_bytes:
-                raise _differs(entry.path, f"has {size} bytes instead of {entry.size_bytes}")
-            if file_digest(directory / entry.path, advance) != (entry.size_bytes, entry.sha256):
-                raise _differs(entry.path, "has another SHA-256")
+            with open_listed(directory, entry.path) as file:
+                size = os.fstat(file.fileno()).st_size
+                if size != entry.size_bytes:
+                    raise _differs(entry.path, f"has {size} bytes instead of {entry.size_bytes}")
+                if file_digest(file, advance) != (entry.size_bytes, entry.sha256):
+                    raise _differs(entry.path, "has another SHA-256")
             on_file(entry)
         except OSError as error:
             raise _differs(entry.path, f"cannot be read ({error.strerror})") from None
@@ -92,7 +97,7 @@ def read_verified(directory: Path, manifest: Manifest, name: str, most: int) -> 
     if entry.size_bytes > most:
         raise _differs(name, f"has {entry.size_bytes} bytes, over the limit of {most}")
     try:
-        with (directory / name).open("rb") as file:
+        with open_listed(directory, name) as file:
             raw = file.read(entry.size_bytes + 1)
     except OSError as error:
         raise _differs(name, f"cannot be read ({error.strerror})") from None
@@ -101,59 +106,49 @@ def read_verified(directory: Path, manifest: Manifest, name: str, most: int) -> 
     return raw
 
 
-def verify_arrays(manifest: Manifest, params: Params, on_progress: OnProgress) -> None:
-    """Recomputes the digest of every array from the device's own bytes and compares it with the manifest.
+def _below(directory: Path) -> tuple[set[str], set[str]]:
+    """Relative paths of all files, and of all folders.
 
     Raises:
-      OrcdError: SEAL_VERIFICATION_FAILED, naming the first tensor that differs.
+      OrcdError: MODEL_LOAD_FAILED, at a link or anything else that is not a regular file, and at too many of them.
     """
-    total, done = manifest.weight_bytes, 0
-    on_progress(Progress("verify_arrays", 0, total))
-    for entry in manifest.tensors:
-        try:
-            same = entry_digest(entry, np.asarray(params[entry.path])) == entry.digest
-        except ValueError:
-            same = False
-        if not same:
-            raise OrcdError(
-                ErrorCode.SEAL_VERIFICATION_FAILED,
-                f"tensor {entry.path} on the device is not the one in manifest.json",
-                field=entry.path,
-            )
-        done += tensor_bytes(entry)
-        on_progress(Progress("verify_arrays", done, total))
-
-
-def _files_below(directory: Path) -> set[str]:
-    """Relative paths of all files.
-
-    Raises:
-      OrcdError: MODEL_LOAD_FAILED, at a link or anything else that is not a plain file, and at too many of them.
-    """
-    found: set[str] = set()
-    folders = [directory]
+    files: set[str] = set()
+    folders: set[str] = set()
+    left = [directory]
     try:
-        while folders:
-            with os.scandir(folders.pop()) as entries:
+        while left:
+            with os.scandir(left.pop()) as entries:
                 for entry in entries:
                     path, status = Path(entry.path), entry.stat(follow_symlinks=False)
                     name = path.relative_to(directory).as_posix()
                     if stat.S_ISDIR(status.st_mode):
-                        folders.append(path)
+                        folders.add(name)
+                        left.append(path)
                     elif not stat.S_ISREG(status.st_mode):
                         raise _differs(name, "is a link or a special file")
                     elif status.st_nlink > 1:
                         raise _differs(name, f"has {status.st_nlink} names (hard links), and may have one")
-                    elif len(found) > MAX_FILES:  # the listed ones and the manifest
-                        raise _differs(name, f"is one too many: there may be {MAX_FILES}")
                     else:
-                        found.add(name)
+                        files.add(name)
+                    if max(len(files) - 1, len(folders)) > MAX_FILES:  # the manifest is not among those listed
+                        raise _differs(name, f"is one too many: there may be {MAX_FILES}")
     except OSError as error:
         raise OrcdError(
             ErrorCode.MODEL_LOAD_FAILED,
             f"the model directory cannot be read ({error.strerror}): check its permissions",
             field="model_path",
         ) from None
+    return files, folders
+
+
+def _folders_of(paths: Iterable[str]) -> set[str]:
+    """Every folder above these files."""
+    found: set[str] = set()
+    for path in paths:
+        above = path.rpartition("/")[0]
+        while above and above not in found:
+            found.add(above)
+            above = above.rpartition("/")[0]
     return found
 
 

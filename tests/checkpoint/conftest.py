@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.checkpoint.tiny import MemorySource, convert
+from orcd_jax.checkpoint.manifest import Manifest, read_manifest
+from tests.checkpoint.tiny import MemorySource, convert, copied
 
 
 @pytest.fixture(scope="session")
@@ -15,3 +16,15 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("shared") / "tiny"
     convert(MemorySource(), directory)
     return directory
+
+
+@pytest.fixture
+def copy(checkpoint: Path, tmp_path: Path) -> Path:
+    """A copy of it, to damage."""
+    return copied(checkpoint, tmp_path)
+
+
+@pytest.fixture(scope="session")
+def manifest(checkpoint: Path) -> Manifest:
+    """Its manifest."""
+    return read_manifest(checkpoint)

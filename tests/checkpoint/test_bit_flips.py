@@ -22,9 +22,10 @@ import pytest
 from orcd_jax.checkpoint import verify as verify_module
 from orcd_jax.checkpoint.manifest import Manifest, ModelCapabilities, read_manifest
 from orcd_jax.checkpoint.restore import restore
-from orcd_jax.checkpoint.verify import verify_arrays, verify_files
+from orcd_jax.checkpoint.verify import verify_files
 from orcd_jax.errors import OrcdError
 from orcd_jax.worker.capability import check_capabilities
+from tests.checkpoint.proof import proved
 from tests.checkpoint.tiny import edit_manifest
 from tests.tiny_checkpoint import make_tiny_checkpoint
 
@@ -64,7 +65,7 @@ def load(directory: Path, device: jax.Device) -> None:
     manifest = read_manifest(directory)
     check_capabilities(manifest.model)
     verify_files(directory, manifest, lambda _: None)
-    verify_arrays(manifest, restore(directory, manifest, device), lambda _: None)
+    assert proved(manifest, restore(directory, manifest, device)) == manifest.digest
 
 
 def refusal(call: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> str:
@@ -332,7 +333,7 @@ def test_a_flip_that_the_file_check_did_not_see_is_caught_on_the_device_and_name
             with changing(path) as raw:
                 path.write_bytes(flipped(raw, at * 8 + int(rng.integers(len(true) * 8))))
                 restored = restore(whole, manifest, device)
-            message = refusal(verify_arrays, manifest, restored, lambda _: None)
+            message = refusal(proved, manifest, restored)
             assert f"tensor {tensor} on the device is not the one" in message
             seen += 1
     assert seen >= 9  # the embedding, and four matrices of each layer
@@ -352,7 +353,7 @@ def test_no_flip_that_the_file_check_did_not_see_changes_a_tensor(
                 restored: Mapping[str, jax.Array] = {}
                 with contextlib.suppress(OrcdError):  # any other error ends the test
                     restored = restore(whole, manifest, device)
-                if not restored or refusal(verify_arrays, manifest, restored, lambda _: None):
+                if not restored or refusal(proved, manifest, restored):
                     errors += 1
                 else:
                     assert {path: np.asarray(a).tobytes() for path, a in restored.items()} == params, (name, bit)

@@ -340,6 +340,8 @@ def test_base64_with_anything_between_is_refused() -> None:
         (b"", ErrorCode.INVALID_PARAMS),
         (b"[" * 100_000, ErrorCode.INVALID_PARAMS),
         (b"[]", ErrorCode.INVALID_PARAMS),
+        (json.dumps(statement()).encode()[:-1] + b', "predicate": {}}', ErrorCode.INVALID_PARAMS),
+        (json.dumps(statement()).replace('"name"', '"name": "x", "name"').encode(), ErrorCode.INVALID_PARAMS),
         (statement(_type="https://in-toto.io/Statement/v0.1"), ErrorCode.INVALID_PARAMS),
         (statement(predicateType="https://model_signing/Digests/v0.1"), ErrorCode.INVALID_PARAMS),
         (statement(predicate={}), ErrorCode.INVALID_PARAMS),

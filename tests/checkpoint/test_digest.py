@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from orcd_jax.checkpoint.digest import CHUNK, entry_digest, file_digest, tensor_digest, tree_root
 from orcd_jax.checkpoint.manifest import TensorEntry
+from orcd_jax.checkpoint.regular_file import open_regular
 from tests.checkpoint.tiny import root_by_hand, tensor_by_hand
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -163,5 +164,6 @@ def test_a_file_digest_is_its_size_and_sha256_and_every_byte_is_reported(tmp_pat
     data = np.random.default_rng(size).bytes(size)
     (tmp_path / "file").write_bytes(data)
     read: list[int] = []
-    assert file_digest(tmp_path / "file", read.append) == (size, hashlib.sha256(data).hexdigest())
+    with open_regular(tmp_path / "file") as file:
+        assert file_digest(file, read.append) == (size, hashlib.sha256(data).hexdigest())
     assert sum(read) == size

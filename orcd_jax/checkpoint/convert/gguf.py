@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from orcd_jax.checkpoint.convert.gguf_blocks import dequantize
-from orcd_jax.checkpoint.convert.gguf_reader import GgufFile, GgufValue, read_gguf
+from orcd_jax.checkpoint.convert.gguf_metadata import GgufValue, Strings
+from orcd_jax.checkpoint.convert.gguf_reader import GgufFile, read_gguf
 from orcd_jax.checkpoint.convert.gguf_tokenizer import build_tokenizer
 from orcd_jax.checkpoint.convert.source import Dtype, model_id_of, shown
 from orcd_jax.checkpoint.manifest import TokenizerEntry
@@ -89,7 +90,7 @@ class GgufSource:
         raw = self.file.blocks(entry.name)
         values: NDArray[np.generic]
         if entry.type == "BF16":
-            values = np.array(raw).view(ml_dtypes.bfloat16).reshape(entry.shape)
+            values = raw.view(ml_dtypes.bfloat16).reshape(entry.shape)
         else:
             values = dequantize(entry.type, raw, entry.shape)
         for part, heads in (("q_proj", self.config.num_heads), ("k_proj", self.config.num_kv_heads)):
@@ -122,7 +123,7 @@ def open_gguf(path: Path, dtype: Dtype) -> GgufSource:
         weights = dtype
     config = _config(file, gguf_names, weights)
     tokens = file.metadata.get("tokenizer.ggml.tokens")
-    if isinstance(tokens, tuple) and len(tokens) != config.vocab_size:  # before a tokenizer is built of them
+    if isinstance(tokens, Strings) and len(tokens) != config.vocab_size:  # before a tokenizer is built of them
         raise _refuse("token_embd.weight", f"its {config.vocab_size} rows are not one for each token")
     tokenizer_json, tokenizer = build_tokenizer(file.metadata)
     template = file.metadata.get("tokenizer.chat_template")
@@ -202,7 +203,7 @@ def _config(file: GgufFile, names: Mapping[str, str], dtype: WeightDtype) -> Lla
 
 def _is_off(key: str, value: GgufValue) -> bool:
     """Whether an unknown setting is a count or switch that is off."""
-    return key.startswith("llama.expert") and value == 0
+    return key.startswith("llama.expert") and isinstance(value, int | float) and value == 0
 
 
 def _rope_scaling(file: GgufFile, config: LlamaConfig) -> RopeScaling | None:

@@ -1,13 +1,20 @@
-"""Builds a ``tokenizer.json`` from the vocabulary and merges inside a GGUF file (byte-level BPE)."""
+"""Builds a ``tokenizer.json`` from the vocabulary and merges inside a GGUF file (byte-level BPE).
+
+Whatever may be wrong with them is found while they still are the file's bytes: a refusal costs a third of a tokenizer.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+import operator
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from orcd_jax.checkpoint.convert.gguf_reader import GgufValue
+from orcd_jax.checkpoint.convert.gguf_metadata import GgufValue, Strings
 from orcd_jax.checkpoint.manifest import TokenizerEntry
 from orcd_jax.errors import ErrorCode, OrcdError
 
@@ -49,6 +56,9 @@ PRE_TOKENIZERS: dict[str, _Pre] = {
     "llama-v3": _LLAMA3_PRE,
     "qwen2": _Pre(_QWEN2, nfc=True),
 }
+MAX_TOKENS = 2**18  # Llama 3 has 128 256, Qwen 2 has 151 936
+MAX_MERGES = 300_000  # Llama 3 has 280 147
+MAX_ADDED_TOKENS = 2**14  # control and user-defined ones; the library compares each with every text
 _CONTROL, _USER_DEFINED = 3, 4
 # Tokens that end a turn, by the names their families give them; they end a sequence when they are control tokens.
 _END_OF_TURN = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>")
@@ -72,18 +82,13 @@ def build_tokenizer(metadata: Mapping[str, GgufValue]) -> tuple[bytes, Tokenizer
         raise _refuse(
             "tokenizer.ggml.pre", f"{name:.32} is not supported; supported are {', '.join(sorted(PRE_TOKENIZERS))}"
         )
-    tokens = _texts(metadata, "tokenizer.ggml.tokens")
-    vocabulary = {token: index for index, token in enumerate(tokens)}
-    if len(vocabulary) != len(tokens):
-        raise _refuse("tokenizer.ggml.tokens", "a token stands in the vocabulary twice")
-    if any("\0" in token for token in tokens):
-        raise _refuse("tokenizer.ggml.tokens", "a token holds a NUL character")
-    merges = [_merge(text, vocabulary) for text in _texts(metadata, "tokenizer.ggml.merges")]
-    types = metadata.get("tokenizer.ggml.token_type", (1,) * len(tokens))
-    if not isinstance(types, tuple) or len(types) != len(tokens) or {type(kind) for kind in types} != {int}:
-        raise _refuse("tokenizer.ggml.token_type", "it must have one integer for each token")
+    tokens = _texts(metadata, "tokenizer.ggml.tokens", MAX_TOKENS)
+    merges = _texts(metadata, "tokenizer.ggml.merges", MAX_MERGES)
+    types = _types(metadata, len(tokens))
+    entry = _entry(metadata, pre, tokens, types)
+    _check_texts(tokens, merges)
     try:
-        built = _build(pre, vocabulary, merges, tokens, types)
+        built = _build(pre, tokens, merges, types)
         if built.get_vocab_size(with_added_tokens=True) != len(tokens):
             raise _refuse("tokenizer.ggml.tokens", "the vocabulary changes when its tokenizer is built")
         text: str = built.to_str(pretty=False)
@@ -91,17 +96,27 @@ def build_tokenizer(metadata: Mapping[str, GgufValue]) -> tuple[bytes, Tokenizer
         raise
     except Exception:  # the library raises plain Exception, with the file's own text in it
         raise _refuse("tokenizer.ggml", "the vocabulary and merges do not make a tokenizer") from None
-    return text.encode(), _entry(metadata, pre, vocabulary, types)
+    return text.encode(), entry
 
 
-def _build(
-    pre: _Pre,
-    vocabulary: dict[str, int],
-    merges: list[tuple[str, str]],
-    tokens: Sequence[str],
-    types: Sequence[GgufValue],
-) -> Tokenizer:
-    built = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=pre.ignore_merges))
+def _check_texts(tokens: Strings, merges: Strings) -> None:
+    """Each token is there once, and each merge is of two tokens that make a third."""
+    known = set(tokens.raw())
+    if len(known) != len(tokens):
+        raise _refuse("tokenizer.ggml.tokens", "a token stands in the vocabulary twice")
+    if any(map(operator.contains, known, itertools.repeat(b"\0"))):
+        raise _refuse("tokenizer.ggml.tokens", "a token holds a NUL character")
+    for merge in merges.raw():
+        # Bytes are mapped to printable characters, so a space only separates.
+        left, _, right = merge.partition(b" ")
+        if left not in known or right not in known or left + right not in known:
+            raise _refuse("tokenizer.ggml.merges", "a merge is not made of two tokens that make a third")
+
+
+def _build(pre: _Pre, tokens: Strings, merges: Strings, types: NDArray[np.int64]) -> Tokenizer:
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
+    built = Tokenizer(models.BPE(vocab=vocabulary, merges=pairs, ignore_merges=pre.ignore_merges))
     if pre.nfc:
         built.normalizer = normalizers.NFC()
     splits: list[pre_tokenizers.PreTokenizer] = []
@@ -112,28 +127,19 @@ def _build(
     built.pre_tokenizer = pre_tokenizers.Sequence(splits)
     built.decoder = decoders.ByteLevel()
     # All at once: the library goes through all added tokens again at each call.
-    kinds = list(zip(tokens, types, strict=True))
+    kinds = list(zip(vocabulary, types.tolist(), strict=True))
     built.add_special_tokens([AddedToken(t, special=True, normalized=False) for t, kind in kinds if kind == _CONTROL])
     built.add_tokens([AddedToken(t, special=False, normalized=False) for t, kind in kinds if kind == _USER_DEFINED])
     return built
 
 
-def _merge(text: str, vocabulary: Mapping[str, int]) -> tuple[str, str]:
-    """One merge rule, ``left right``. Bytes are mapped to printable characters, so a space only separates."""
-    left, _, right = text.partition(" ")
-    if left not in vocabulary or right not in vocabulary or left + right not in vocabulary:
-        raise _refuse("tokenizer.ggml.merges", "a merge is not made of two tokens that make a third")
-    return left, right
-
-
-def _entry(
-    metadata: Mapping[str, GgufValue], pre: _Pre, vocabulary: Mapping[str, int], types: Sequence[GgufValue]
-) -> TokenizerEntry:
-    ends = {i for key in ("eos", "eot", "eom") if (i := _token_id(metadata, key, len(vocabulary))) is not None}
-    ends |= {vocabulary[t] for t in _END_OF_TURN if t in vocabulary and types[vocabulary[t]] == _CONTROL}
+def _entry(metadata: Mapping[str, GgufValue], pre: _Pre, tokens: Strings, types: NDArray[np.int64]) -> TokenizerEntry:
+    named = [_token_id(metadata, key, len(tokens)) for key in ("eos", "eot", "eom")]
+    ends = {end for end in named if end is not None}
+    ends |= {i for i in np.flatnonzero(types == _CONTROL).tolist() if tokens[i] in _END_OF_TURN}
     if not ends:
         raise _refuse("tokenizer.ggml.eos_token_id", "the file names no end-of-sequence token")
-    bos = _token_id(metadata, "bos", len(vocabulary))
+    bos = _token_id(metadata, "bos", len(tokens))
     add_bos = metadata.get("tokenizer.ggml.add_bos_token", pre.add_bos)
     if not isinstance(add_bos, bool):
         raise _refuse("tokenizer.ggml.add_bos_token", "it must be a boolean")
@@ -159,14 +165,29 @@ def _text(metadata: Mapping[str, GgufValue], key: str) -> str:
     return "".join(c if c.isprintable() and c.isascii() else "?" for c in value)
 
 
-def _texts(metadata: Mapping[str, GgufValue], key: str) -> tuple[str, ...]:
+def _texts(metadata: Mapping[str, GgufValue], key: str, most: int) -> Strings:
     value = metadata.get(key)
-    if not isinstance(value, tuple) or not value:
+    if not isinstance(value, Strings | np.ndarray) or not len(value):
         raise _refuse(key, "the file has no such list: it holds no tokenizer, or one of another kind")
-    texts = tuple(item for item in value if isinstance(item, str))
-    if len(texts) != len(value):
+    if not isinstance(value, Strings):
         raise _refuse(key, "it must be a list of texts")
-    return texts
+    if len(value) > most:
+        raise _refuse(key, f"it has {len(value)} texts; the limit is {most}")
+    return value
+
+
+def _types(metadata: Mapping[str, GgufValue], tokens: int) -> NDArray[np.int64]:
+    """What kind each token is of."""
+    key = "tokenizer.ggml.token_type"
+    if key not in metadata:
+        return np.ones(tokens, np.int64)
+    value = metadata[key]
+    if not isinstance(value, np.ndarray) or len(value) != tokens or not np.issubdtype(value.dtype, np.integer):
+        raise _refuse(key, "it must have one integer for each token")
+    types = value.astype(np.int64)
+    if (added := int(np.isin(types, (_CONTROL, _USER_DEFINED)).sum())) > MAX_ADDED_TOKENS:
+        raise _refuse(key, f"{added} tokens are control or user-defined ones; the limit is {MAX_ADDED_TOKENS}")
+    return types
 
 
 def _refuse(key: str, problem: str) -> OrcdError:

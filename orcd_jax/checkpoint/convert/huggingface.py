@@ -5,39 +5,42 @@ Nothing in the directory is executed, and no pickle is read: weights in other fi
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
-from safetensors import SafetensorError, safe_open
 
+from orcd_jax.checkpoint.convert.huggingface_files import (
+    MAX_JSON_BYTES,
+    Json,
+    check_values,
+    read_bytes,
+    read_json,
+    refuse,
+)
+from orcd_jax.checkpoint.convert.safetensors_weights import (
+    INDEX_FILE,
+    WEIGHTS_FILE,
+    StoredTensor,
+    find_tensors,
+    read_tensor,
+    same_matrices,
+)
 from orcd_jax.checkpoint.convert.source import Dtype, model_id_of, shown
 from orcd_jax.checkpoint.manifest import TokenizerEntry
-from orcd_jax.errors import ErrorCode, OrcdError
 from orcd_jax.models.config import LlamaConfig, RopeScaling, WeightDtype
 from orcd_jax.tokenizer.token_bytes import tokenizer_kind
+from orcd_jax.tokenizer.tokenizer import MAX_FILE_BYTES, TOKENIZER_FILE
 
-MAX_JSON_BYTES = 64 * 1024 * 1024
-MAX_TOKENIZER_BYTES = 256 * 1024 * 1024
-MAX_FILES = 1_000
-MAX_TENSORS = 10_000
+MAX_TOKENIZER_VALUES = 3_000_000  # the largest vocabularies, with their merges as pairs, have 1 800 000
 
-Json = Mapping[str, object]
 Value = TypeVar("Value", int, float, bool, str)
 
 _EMBED, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
-_TENSOR_NAME = re.compile(r"[A-Za-z0-9_.\-]{1,256}")
-_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
-# Stored by old versions of transformers; recomputed from the configuration here.
-_BUFFERS = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
-_DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 # Settings that change the formulas, and the only value each may have.
 _FIXED: dict[str, tuple[object, ...]] = {
     "hidden_act": ("silu", None),
@@ -78,7 +81,7 @@ class HuggingFaceSource:
     chat_template: str | None
     tensor_types: tuple[str, ...]
     paths: tuple[Path, ...]
-    tensors: Mapping[str, tuple[Path, tuple[int, ...], str]]
+    tensors: Mapping[str, StoredTensor]
 
     def names(self) -> frozenset[str]:
         """All tensors."""
@@ -86,11 +89,11 @@ class HuggingFaceSource:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor."""
-        return self.tensors[name][1]
+        return self.tensors[name].shape
 
     def tensor(self, name: str) -> NDArray[np.generic]:
         """A tensor's exact values: bfloat16 as stored, float16 as float32."""
-        values = _read_tensor(self.tensors[name][0], name)
+        values = read_tensor(self.tensors[name], name)
         return values.astype(np.float32) if values.dtype == np.float16 else values
 
 
@@ -105,34 +108,35 @@ def open_huggingface(directory: Path, dtype: Dtype) -> HuggingFaceSource:
       OrcdError: MODEL_LOAD_FAILED, naming the file and the field or tensor.
     """
     if not directory.is_dir():
-        raise _refuse(directory.name, "it is not a directory with config.json, tokenizer.json and safetensors files")
-    settings = _read_json(directory / "config.json")
+        raise refuse(directory.name, "it is not a directory with config.json, tokenizer.json and safetensors files")
+    settings = read_json(directory / "config.json")
     _check_settings(settings)
-    tensors = _tensors(directory)
-    if settings.get("tie_word_embeddings") is True and {_HEAD, _EMBED} <= tensors.keys():
-        # Some files repeat the embedding as a head.
-        head, embed = (_read_tensor(tensors[name][0], name) for name in (_HEAD, _EMBED))
-        if not np.array_equal(head, embed):
-            raise _refuse("config.json", "tie_word_embeddings is true, but lm_head.weight is not the embedding")
-        del tensors[_HEAD]
-    matrices = {kind for _, shape, kind in tensors.values() if len(shape) > 1}
+    tensors = find_tensors(directory)
+    matrices = {tensor.kind for tensor in tensors.values() if len(tensor.shape) > 1}
     weights: WeightDtype = "bfloat16" if matrices == {"BF16"} else "float32"
     if dtype != "auto":
         weights = dtype
-    tokenizer_json = _read_bytes(directory / "tokenizer.json", MAX_TOKENIZER_BYTES)
-    extra = _read_json(directory / "tokenizer_config.json", optional=True)
-    generation = _read_json(directory / "generation_config.json", optional=True)
-    files = {path for path, _, _ in tensors.values()}
+    config = _config(settings, tensors, weights)
+    if config.tied_embeddings and _HEAD in tensors:  # some files repeat the embedding as a head
+        shape = (config.vocab_size, config.hidden_size)
+        if not same_matrices(tensors, _HEAD, _EMBED, shape):
+            raise refuse("config.json", "tie_word_embeddings is true, but lm_head.weight is not the embedding")
+        del tensors[_HEAD]
+    tokenizer_json = read_bytes(directory / TOKENIZER_FILE, MAX_FILE_BYTES)
+    check_values(directory / TOKENIZER_FILE, tokenizer_json, MAX_TOKENIZER_VALUES)
+    extra = read_json(directory / "tokenizer_config.json", optional=True)
+    generation = read_json(directory / "generation_config.json", optional=True)
+    files = {tensor.path for tensor in tensors.values()}
     used = ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"]
-    if directory / _WEIGHTS not in files:
-        used.append(_INDEX)
+    if directory / WEIGHTS_FILE not in files:
+        used.append(INDEX_FILE)
     return HuggingFaceSource(
-        config=_config(settings, tensors, weights),
+        config=config,
         model_id=model_id_of(directory.resolve().name),
         tokenizer=_tokenizer(tokenizer_json, settings, generation, extra),
         tokenizer_json=tokenizer_json,
         chat_template=_chat_template(directory, extra),
-        tensor_types=tuple(sorted({kind for _, _, kind in tensors.values()})),
+        tensor_types=tuple(sorted({tensor.kind for tensor in tensors.values()})),
         paths=(
             *(directory / name for name in used if (directory / name).is_file()),
             *sorted(files),
@@ -141,97 +145,33 @@ def open_huggingface(directory: Path, dtype: Dtype) -> HuggingFaceSource:
     )
 
 
-# -- tensors -------------------------------------------------------------------------------------------------------
-
-
-def _tensors(directory: Path) -> dict[str, tuple[Path, tuple[int, ...], str]]:
-    """File, shape and stored dtype of every tensor."""
-    found: dict[str, tuple[Path, tuple[int, ...], str]] = {}
-    for path in _weight_files(directory):
-        try:
-            with safe_open(path, framework="np") as file:
-                for name in file.keys():  # noqa: SIM118 - not a dict
-                    if not _TENSOR_NAME.fullmatch(name):
-                        raise _refuse(path.name, f"tensor {shown(name)}: a name is 1 to 256 of A-Z a-z 0-9 _ . -")
-                    if len(found) == MAX_TENSORS:
-                        raise _refuse(path.name, f"there are more than {MAX_TENSORS} tensors")
-                    kind = str(file.get_slice(name).get_dtype())
-                    if _BUFFERS.fullmatch(name):
-                        continue
-                    if name in found:
-                        raise _refuse(path.name, f"tensor {shown(name)} is in {found[name][0].name} too")
-                    if kind not in _DTYPES:
-                        raise _refuse(
-                            path.name,
-                            f"tensor {shown(name)} is of type {kind}; supported are {', '.join(sorted(_DTYPES))}",
-                        )
-                    found[name] = (path, tuple(file.get_slice(name).get_shape()), kind)
-        except (SafetensorError, OSError) as error:
-            raise _unreadable(path, error) from None
-    if not found:
-        raise _refuse(directory.name, "its safetensors files hold no tensor")
-    return found
-
-
-def _weight_files(directory: Path) -> list[Path]:
-    if (directory / _WEIGHTS).is_file():
-        return [directory / _WEIGHTS]
-    if not (directory / _INDEX).is_file():
-        others = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in directory.glob(pattern))
-        hint = f"; {shown(others[0])} is a pickle, which may run code: save it as safetensors" if others else ""
-        raise _refuse(directory.name, f"it has neither {_WEIGHTS} nor {_INDEX}{hint}")
-    places = _read_json(directory / _INDEX).get("weight_map")
-    if not isinstance(places, dict) or not places:
-        raise _refuse(_INDEX, "weight_map is missing")
-    names = sorted({str(name) for name in places.values()})
-    if len(names) > MAX_FILES:
-        raise _refuse(_INDEX, f"it names {len(names)} files; the limit is {MAX_FILES}")
-    for name in names:
-        if not re.fullmatch(r"[A-Za-z0-9._-]+\.safetensors", name):
-            raise _refuse(_INDEX, "weight_map names a file that is not NAME.safetensors in the same folder")
-        if not (directory / name).is_file():
-            raise _refuse(_INDEX, f"{name} is missing: download the model again")
-    return [directory / name for name in names]
-
-
-def _read_tensor(path: Path, name: str) -> NDArray[np.generic]:
-    try:
-        with safe_open(path, framework="np") as file:
-            values: NDArray[np.generic] = file.get_tensor(name)
-            return values
-    except (SafetensorError, OSError) as error:
-        raise _unreadable(path, error) from None
-
-
 # -- configuration -------------------------------------------------------------------------------------------------
 
 
 def _check_settings(settings: Json) -> None:
     kind = settings.get("model_type")
     if kind != "llama":
-        raise _refuse(
+        raise refuse(
             "config.json",
             f"model_type {shown(str(kind))} is not supported; supported is llama "
             "(Llama 2, 3, 3.1, 3.2, SmolLM2 and kin)",
         )
     for key, allowed in _FIXED.items():
         if settings.get(key) not in allowed:
-            raise _refuse("config.json", f"{key} is {shown(str(settings[key]))}; supported is {allowed[0]}")
+            raise refuse("config.json", f"{key} is {shown(str(settings[key]))}; supported is {allowed[0]}")
 
 
-def _config(
-    settings: Json, tensors: Mapping[str, tuple[Path, tuple[int, ...], str]], dtype: WeightDtype
-) -> LlamaConfig:
+def _config(settings: Json, tensors: Mapping[str, StoredTensor], dtype: WeightDtype) -> LlamaConfig:
     heads, hidden = _get(settings, "num_attention_heads", int), _get(settings, "hidden_size", int)
     rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
     if not isinstance(rope, dict):
-        raise _refuse("config.json", "rope_scaling is not an object")
+        raise refuse("config.json", "rope_scaling is not an object")
     theta = _get(rope, "rope_theta", float, _get(settings, "rope_theta", float, 10_000.0))
     if theta <= 1:
-        raise _refuse("config.json", f"rope_theta is {theta:g}; it must be above 1")
+        raise refuse("config.json", f"rope_theta is {theta:g}; it must be above 1")
     layers = _get(settings, "num_hidden_layers", int)
     if layers > len(tensors):  # what is planned for each layer is bounded by what the files hold
-        raise _refuse("config.json", f"num_hidden_layers is more than {len(tensors)} tensors can make")
+        raise refuse("config.json", f"num_hidden_layers is more than {len(tensors)} tensors can make")
     head_dim = settings.get("head_dim")
     try:
         return LlamaConfig(
@@ -254,16 +194,16 @@ def _config(
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"]) or "the whole"
-        raise _refuse("config.json", f"{where} cannot be: {first['msg']}") from None
+        raise refuse("config.json", f"{where} cannot be: {first['msg']}") from None
 
 
 def _rope_scaling(rope: Json) -> RopeScaling | None:
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", *_ROPE_KINDS):
         supported = ", ".join(_ROPE_KINDS)
-        raise _refuse("config.json", f"rope_type {shown(str(kind))} is not supported; supported are {supported}")
+        raise refuse("config.json", f"rope_type {shown(str(kind))} is not supported; supported are {supported}")
     if unknown := sorted(key for key in rope.keys() - _ROPE_KNOWN if rope[key] is not None):
-        raise _refuse("config.json", f"rope_scaling: {shown(unknown[0])} is not supported")
+        raise refuse("config.json", f"rope_scaling: {shown(unknown[0])} is not supported")
     if kind == "default":
         return None
     given: dict[str, object] = {"kind": kind, "factor": _get(rope, "factor", float)}
@@ -287,7 +227,7 @@ def _tokenizer(tokenizer_json: bytes, settings: Json, generation: Json, extra: J
         *_token_ids(generation, "eos_token_id", vocab_size, file="generation_config.json"),
     }
     if not ends:
-        raise _refuse("config.json", "eos_token_id is missing, here and in generation_config.json")
+        raise refuse("config.json", "eos_token_id is missing, here and in generation_config.json")
     starts = _token_ids(settings, "bos_token_id", vocab_size)
     add_bos = _get(extra, "add_bos_token", bool, default=False, file="tokenizer_config.json")
     return TokenizerEntry(
@@ -303,7 +243,7 @@ def _token_ids(source: Json, key: str, vocab_size: int, *, file: str = "config.j
     given: list[object] = value if isinstance(value, list) else [] if value is None else [value]
     ids = [i for i in given if isinstance(i, int) and not isinstance(i, bool) and 0 <= i < vocab_size]
     if len(ids) != len(given):
-        raise _refuse(file, f"{key} must be a token id below {vocab_size}, or a list of such")
+        raise refuse(file, f"{key} must be a token id below {vocab_size}, or a list of such")
     return ids
 
 
@@ -311,9 +251,9 @@ def _chat_template(directory: Path, extra: Json) -> str | None:
     path = directory / "chat_template.jinja"
     if path.is_file():
         try:
-            return _read_bytes(path, MAX_JSON_BYTES).decode()
+            return read_bytes(path, MAX_JSON_BYTES).decode()
         except UnicodeDecodeError:
-            raise _refuse(path.name, "it is not UTF-8") from None
+            raise refuse(path.name, "it is not UTF-8") from None
     value = extra.get("chat_template")
     if isinstance(value, list):  # several, by name
         default = (item for item in value if isinstance(item, dict) and item.get("name") == "default")
@@ -321,11 +261,11 @@ def _chat_template(directory: Path, extra: Json) -> str | None:
     if not isinstance(value, str):
         return None
     if any("\ud800" <= c <= "\udfff" for c in value):  # JSON can hold half a character, UTF-8 cannot
-        raise _refuse("tokenizer_config.json", "chat_template is not valid Unicode")
+        raise refuse("tokenizer_config.json", "chat_template is not valid Unicode")
     return value
 
 
-# -- files ---------------------------------------------------------------------------------------------------------
+# -- values --------------------------------------------------------------------------------------------------------
 
 
 def _get(
@@ -336,45 +276,9 @@ def _get(
     if value is None:
         value = default
     if value is None:
-        raise _refuse(file, f"{key} is missing")
+        raise refuse(file, f"{key} is missing")
     if kind is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63:
         value = float(value)
     if not isinstance(value, kind) or isinstance(value, bool) is not (kind is bool):
-        raise _refuse(file, f"{key} must be of type {kind.__name__}")
+        raise refuse(file, f"{key} must be of type {kind.__name__}")
     return value
-
-
-def _read_json(path: Path, *, optional: bool = False) -> Json:
-    if optional and not path.is_file():
-        return {}
-    try:
-        value = json.loads(_read_bytes(path, MAX_JSON_BYTES))
-    except (ValueError, RecursionError):
-        raise _refuse(path.name, "it is not valid JSON") from None
-    if not isinstance(value, dict):
-        raise _refuse(path.name, "it is not a JSON object")
-    return value
-
-
-def _read_bytes(path: Path, most: int) -> bytes:
-    if path.exists() and not path.is_file():  # a pipe would wait for its writer
-        raise _refuse(path.name, "it is not a plain file")
-    try:
-        with path.open("rb") as file:
-            raw = file.read(most + 1)
-    except OSError as error:
-        raise _unreadable(path, error) from None
-    if len(raw) > most:
-        raise _refuse(path.name, f"it is larger than {most} bytes")
-    return raw
-
-
-def _unreadable(path: Path, error: Exception) -> OrcdError:
-    reason = (error.strerror or type(error).__name__) if isinstance(error, OSError) else "truncated or not safetensors"
-    return _refuse(path.name, f"it cannot be read ({reason})")
-
-
-def _refuse(file: str, problem: str) -> OrcdError:
-    return OrcdError(
-        ErrorCode.MODEL_LOAD_FAILED, f"the model cannot be converted: {shown(file)}: {problem}", field=shown(file)
-    )

@@ -39,6 +39,7 @@ from orcd_jax.checkpoint.manifest import (
     model_digest,
 )
 from orcd_jax.checkpoint.progress import Progress
+from orcd_jax.checkpoint.regular_file import open_regular
 from orcd_jax.errors import ErrorCode, OrcdError
 from orcd_jax.models.config import WeightDtype
 from orcd_jax.models.registry import abstract_params, attention_kind, positional_kind, shard_grid
@@ -65,21 +66,25 @@ def write_checkpoint(
       The manifest that was written.
 
     Raises:
-      OrcdError: MODEL_LOAD_FAILED, when the source's tensors are not those of its configuration, or cannot be read;
-        INVALID_PARAMS, when the destination cannot be used.
+      OrcdError: MODEL_LOAD_FAILED, when the source's tensors are not those of its configuration, cannot be read or
+        changed meanwhile; HOST_OOM, when one of them does not fit the memory; INVALID_PARAMS, when the destination
+        cannot be used.
     """
     destination = destination.absolute()
     plan = leaves(source.config)
     _check_tensors(source, plan)
     abstract = abstract_params(source.config)
     with _partial_folder(destination, sum(_bytes(leaf) for leaf in abstract.values())) as partial:
+        found = _identities(source)
         provenance = _provenance(source, on_progress)
         tensors = _write_arrays(source, plan, abstract, partial / ARRAYS_DIRECTORY, on_progress)
-        (partial / TOKENIZER_FILE).write_bytes(source.tokenizer_json)
+        if _identities(source) != found:  # the provenance would name other bytes than were converted
+            raise _refuse("its files were changed meanwhile: convert it again when nothing writes to them")
+        _write_new(partial / TOKENIZER_FILE, source.tokenizer_json)
         if chat_template is not None:
-            (partial / CHAT_TEMPLATE_FILE).write_bytes(chat_template.encode())
+            _write_new(partial / CHAT_TEMPLATE_FILE, chat_template.encode())
         manifest = _manifest(source, tensors, _hash_files(partial, on_progress), provenance)
-        (partial / MANIFEST_FILE).write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        _write_new(partial / MANIFEST_FILE, manifest.model_dump_json(indent=1).encode() + b"\n")
         _sync_tree(partial)
         partial.rename(destination)
         _sync(destination.parent)
@@ -129,6 +134,13 @@ def _write_arrays(
             made = leaf.build({name: source.tensor(name) for name in leaf.sources})
         except (OSError, ValueError):  # ValueError: a file that was cut short cannot be mapped
             raise _refuse(f"{next(iter(leaf.sources), path):.80} can no longer be read: did its file change?") from None
+        except MemoryError:
+            raise OrcdError(
+                ErrorCode.HOST_OOM,
+                f"{path} takes {_bytes(wanted)} bytes and about as much again while it is made, which this machine has "
+                "not got free: convert the model on a larger one",
+                field=path,
+            ) from None
         with np.errstate(over="ignore"):  # an infinity is found below
             array = np.ascontiguousarray(made.astype(wanted.dtype, copy=False))
         if not np.isfinite(array).all():
@@ -202,6 +214,9 @@ def _partial_folder(destination: Path, need: int) -> Iterator[Path]:
         held = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except OSError as error:
         raise _unwritable(destination, error) from None
+    if os.fstat(held).st_uid != os.geteuid():  # who could put a link in place of what is written there
+        os.close(held)
+        raise _unusable(f"{partial} belongs to another user: remove it, or choose another destination")
     try:
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if not os.path.samestat(os.fstat(held), partial.stat()):
@@ -240,12 +255,28 @@ def _empty(folder: Path) -> None:
             path.unlink()
 
 
+def _write_new(path: Path, content: bytes) -> None:
+    """Writes a file that is not there yet, not even as a link."""
+    with path.open("xb") as file:
+        file.write(content)
+
+
+def _identities(source: WeightSource) -> list[tuple[int, ...]]:
+    """Which files the source is made of, and when each was last written."""
+    try:
+        found = [path.stat() for path in source.paths]
+    except OSError as error:
+        raise _refuse(f"the source cannot be read ({error.strerror})") from None
+    return [(one.st_dev, one.st_ino, one.st_size, one.st_mtime_ns) for one in found]
+
+
 def _provenance(source: WeightSource, on_progress: OnProgress) -> Provenance:
     files = []
     try:
         advance = _advance("hash_source", sum(path.stat().st_size for path in source.paths), on_progress)
         for path in source.paths:
-            size, digest = file_digest(path, advance)
+            with open_regular(path) as file:
+                size, digest = file_digest(file, advance)
             name = os.fsencode(path.name).decode(errors="replace")  # a name may be any bytes, JSON may not
             files.append(SourceFile(name=name, size_bytes=size, sha256=digest))
     except OSError as error:
@@ -264,7 +295,8 @@ def _hash_files(folder: Path, on_progress: OnProgress) -> tuple[FileEntry, ...]:
     advance = _advance("hash_files", sum(path.stat().st_size for path in paths), on_progress)
     entries = []
     for path in paths:
-        size, digest = file_digest(path, advance)
+        with open_regular(path) as file:
+            size, digest = file_digest(file, advance)
         entries.append(FileEntry(path=path.relative_to(folder).as_posix(), size_bytes=size, sha256=digest))
     return tuple(sorted(entries, key=lambda entry: entry.path))
 

@@ -1,76 +1,27 @@
-"""No GGUF file is too hostile: it loads, or one typed error says where it is wrong, in under a second and 64 MB."""
+"""No GGUF file is too hostile: it loads, or one typed error says where it is wrong, in under a second and 64 MB.
+
+Seconds are of processor time, so that they are the same on a machine that is busy with other things.
+"""
 
 from __future__ import annotations
 
-import functools
-import json
-import os
 import re
 import struct
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from orcd_jax.checkpoint.convert.gguf import open_gguf
-from orcd_jax.checkpoint.convert.gguf_reader import (
-    MAX_ARRAY,
-    MAX_HEADER_BYTES,
-    MAX_METADATA,
-    MAX_STRINGS,
-    MAX_TENSORS,
-    read_gguf,
-)
-from orcd_jax.errors import OrcdError
-from tests.checkpoint.convert.gguf_mutants import DAMAGES, MUTATORS, Parts, Tensor, again, changed, hostile, taken_apart
-from tests.checkpoint.convert.gguf_trial import trial
-from tests.checkpoint.convert.tiny_gguf import TOKENS, array, header, tensor_info, text, write_model
+from orcd_jax.checkpoint.convert.gguf_reader import MAX_ARRAY, MAX_STRINGS, MAX_TENSORS
+from tests.checkpoint.convert.gguf_edits import Edit, both, f32, put, sparse, string, strings, tensor, u32, u64
+from tests.checkpoint.convert.gguf_mutants import DAMAGES, MUTATORS, Parts, again, changed, hostile
+from tests.checkpoint.convert.gguf_trial import ordeal, trial
+from tests.checkpoint.convert.tiny_gguf import TOKENS, array, header, tensor_info, text
 
-ROOT = Path(__file__).parents[3]
 CORPUS = 2_400
-MEBIBYTES = 64
 
 pytestmark = pytest.mark.requirement("WORKER-4311")
-
-
-@pytest.fixture(scope="module")
-def valid_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("gguf") / "tiny.gguf")
-
-
-@pytest.fixture(scope="module")
-def valid(valid_file: Path) -> Parts:
-    return parts_of(valid_file)
-
-
-@functools.cache
-def parts_of(file: Path) -> Parts:
-    return taken_apart(file.read_bytes())
-
-
-def ordeal(valid_file: Path, *given: str, mebibytes: int = MEBIBYTES) -> dict[str, str]:
-    """Tries files in a process that may take so much more memory; what each was refused with, by name."""
-    command = [sys.executable, "-W", "error", "-m", "tests.checkpoint.convert.gguf_trial"]
-    done = subprocess.run(
-        [*command, str(valid_file), str(mebibytes), *given],
-        cwd=ROOT,
-        # One arena, as each reserves 64 MB of addresses, and large blocks given back at once: no file pays for another.
-        env=os.environ
-        | {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "131072", "TOKENIZERS_PARALLELISM": "false"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    told = json.loads(done.stdout)
-    assert told["wrong"] == {}
-    messages: dict[str, str] = told["messages"]
-    return messages
 
 
 # -- a corpus, and what hypothesis finds -------------------------------------------------------------------------------
@@ -78,6 +29,24 @@ def ordeal(valid_file: Path, *given: str, mebibytes: int = MEBIBYTES) -> dict[st
 
 def test_taking_a_file_apart_loses_nothing(valid_file: Path, valid: Parts) -> None:
     assert valid.encoded() == again(valid).encoded() == valid_file.read_bytes()
+
+
+ATTACKED = {
+    "n_kv": "metadata count at",
+    "n_tensors": "tensor count at",
+    "lengths of strings": ": length at",
+    "lengths of arrays": r"tokenizer[^:]* at byte \d+: expected at most \d+, found",
+    "nesting": "no array of arrays",
+    "n_dims": ": n_dims at",
+    "dimensions": r": dimension \d at",
+    "product of dimensions": ": size at",
+    "general.alignment": "general.alignment at",
+    "unaligned offsets": ": offset at",
+    "offsets past the end": ": data at",
+    "texts": "expected UTF-8",
+    "names": ": name at",
+}
+"""What the corpus attacks, and how a refusal for it reads."""
 
 
 @pytest.mark.slow
@@ -88,6 +57,8 @@ def test_every_file_of_the_corpus_loads_or_is_refused_in_a_second_and_64_mb(vali
     assert len(messages) == CORPUS
     loaded = sum(message == "" for message in messages.values())
     assert CORPUS // 20 < loaded < CORPUS // 4  # what is refused is near what is not
+    for name, refusal in ATTACKED.items():
+        assert sum(bool(re.search(refusal, message)) for message in messages.values()) >= 5, name
     # All refusals of the reader and most of the converter's: the corpus does not break in one place only.
     assert len({"".join(c for c in message if not c.isdigit())[:60] for message in messages.values()}) > 150
 
@@ -110,61 +81,13 @@ def test_the_corpus_is_the_same_everywhere(valid: Parts) -> None:
     )
 )
 @pytest.mark.requirement("WORKER-4310")
-def test_any_change_of_a_file_loads_or_is_refused(
-    tmp_path: Path, valid_file: Path, steps: list[tuple[str, int]]
-) -> None:
+def test_any_change_of_a_file_loads_or_is_refused(tmp_path: Path, valid: Parts, steps: list[tuple[str, int]]) -> None:
     path = tmp_path / "x.gguf"
-    path.write_bytes(changed(parts_of(valid_file), steps))
+    path.write_bytes(changed(valid, steps))
     trial(path)
 
 
 # -- known attacks -----------------------------------------------------------------------------------------------------
-
-Edit = Callable[[Parts], object]
-
-
-def put(key: str, value: bytes) -> Edit:
-    """A pair with this key has this value."""
-
-    def edit(parts: Parts) -> None:
-        parts.pairs[parts.place(key.encode())] = (key.encode(), value)
-
-    return edit
-
-
-def both(*edits: Edit) -> Edit:
-    return lambda parts: [edit(parts) for edit in edits]
-
-
-def u32(value: int) -> bytes:
-    return struct.pack("<II", 4, value)
-
-
-def u64(value: int) -> bytes:
-    return struct.pack("<IQ", 10, value)
-
-
-def f32(value: float) -> bytes:
-    return struct.pack("<If", 6, value)
-
-
-def string(value: str | bytes) -> bytes:
-    return struct.pack("<I", 8) + text(value)
-
-
-def strings(*values: str | bytes) -> bytes:
-    return array(8, len(values), b"".join(map(text, values)))
-
-
-def tensor(**fields: object) -> Edit:
-    """The first tensor, ``token_embd.weight``, tells this of itself."""
-
-    def edit(parts: Parts) -> None:
-        for name, value in fields.items():
-            setattr(parts.tensors[0], name, value)
-
-    return edit
-
 
 YARN = both(
     put("llama.rope.scaling.type", string("yarn")),
@@ -215,7 +138,12 @@ ATTACKS: dict[str, tuple[Edit, str]] = {
         "metadata key at byte .* expected a name",
     ),
     "a tensor without a name": (tensor(name=b""), r"tensor name at byte \d+: expected a name, found none"),
-    "a key of escapes": (put("\x1b]0;owned\x07\u202e", b""), r"\?\]0;owned\?\?: type at byte"),
+    "a key of escapes": (put("\x1b]0;owned\x07", b""), r"\?\]0;owned\?: type at byte"),
+    "a key of other letters": (put("\u202ekey", u32(0)), "metadata key at byte .* expected ASCII"),
+    "a tensor's name of 65 bytes": (
+        tensor(name=b"x" * 65),
+        "tensor name: length at byte .* at most 64 bytes, found 65",
+    ),
     "architecture of escapes": (put("general.architecture", string("\x1b[31mllama")), r"\?\[31mllama is not supported"),
     "layers without end": (put("llama.block_count", u32(2**24)), "16777216 layers cannot be made of 20 tensors"),
     "layers below zero": (put("llama.block_count", struct.pack("<Ii", 5, -1)), f"{MODEL}: num_layers"),
@@ -265,14 +193,6 @@ def test_an_attack_is_refused_by_field(tmp_path: Path, valid: Parts, name: str) 
     assert re.search(message, trial(path))
 
 
-def sparse(path: Path, size: int, head: bytes) -> Path:
-    """A file that claims much and takes no room: zeros after its head."""
-    with path.open("wb") as file:
-        file.write(head)
-        file.truncate(size)
-    return path
-
-
 @pytest.mark.requirement("WORKER-4310")
 @pytest.mark.requirement("WORKER-4312")
 def test_no_known_attack_takes_more_than_64_mb(tmp_path: Path, valid_file: Path, valid: Parts) -> None:
@@ -284,13 +204,12 @@ def test_no_known_attack_takes_more_than_64_mb(tmp_path: Path, valid_file: Path,
         files.append(tmp_path / f"{number}.gguf")
         files[-1].write_bytes(parts.encoded())
     huge = 2**40
-    pair = text("k") + array(8, MAX_ARRAY)
-    names = text(bytes(60_000)) + struct.pack("<IQIQ", 1, 4, 0, 0)
+    pair = text("k") + array(8, MAX_STRINGS)
     tensors = b"".join(tensor_info(f"t{n}", (4,), 0, 0) for n in range(MAX_TENSORS))
     for name, head in {
         "empty strings": header(n_metadata=1, body=pair),
         "numbers": header(n_metadata=1, body=text("k") + array(10, MAX_ARRAY)),
-        "names": header(n_tensors=MAX_TENSORS, body=names),
+        "keys": header(n_metadata=1_000, body=b"".join(text(b"%d" % n + bytes(60_000)) + u32(0) for n in range(300))),
         "tensors": header(n_tensors=MAX_TENSORS, body=tensors),
         "large tensors": header(n_tensors=1, body=tensor_info("token_embd.weight", (2**38,), 0, 0)),
     }.items():
@@ -299,103 +218,3 @@ def test_no_known_attack_takes_more_than_64_mb(tmp_path: Path, valid_file: Path,
     assert len(messages) == len(files)
     assert "" not in messages.values()
     assert "expected a header of at most 16777216 bytes" in messages["numbers"]
-
-
-# -- limits ------------------------------------------------------------------------------------------------------------
-
-
-def written(path: Path, parts: Parts) -> Path:
-    path.write_bytes(parts.encoded())
-    return path
-
-
-@pytest.mark.requirement("WORKER-4310")
-def test_as_many_pairs_as_the_limit_are_read_and_one_more_is_not(tmp_path: Path, valid: Parts) -> None:
-    parts = again(valid)
-    while len(parts.pairs) < MAX_METADATA:
-        parts.pairs.append((b"k%d" % len(parts.pairs), u32(0)))
-    assert len(read_gguf(written(tmp_path / "x", parts)).metadata) == 1_000
-    parts.pairs.append((b"k", u32(0)))
-    with pytest.raises(OrcdError, match="metadata count at byte 16: expected at most 1000, found 1001"):
-        read_gguf(written(tmp_path / "x", parts))
-
-
-@pytest.mark.requirement("WORKER-4310")
-def test_as_many_tensors_as_the_limit_are_read_and_one_more_is_not(tmp_path: Path) -> None:
-    parts = Parts([], [Tensor(b"t%d" % n, [8], 0, 32 * n) for n in range(MAX_TENSORS)], bytes(32 * (MAX_TENSORS + 1)))
-    assert len(read_gguf(written(tmp_path / "x", parts)).tensors) == 10_000
-    parts.tensors.append(Tensor(b"t", [8], 0, 32 * MAX_TENSORS))
-    with pytest.raises(OrcdError, match="tensor count at byte 8: expected at most 10000, found 10001"):
-        read_gguf(written(tmp_path / "x", parts))
-
-
-@pytest.mark.requirement("WORKER-4310")
-def test_a_string_of_64_kib_is_read_wherever_it_stands(tmp_path: Path, valid: Parts) -> None:
-    """A chat template is one string, a vocabulary many: each may be as long, none longer."""
-    longest = "x" * 65_536
-    parts = again(valid)
-    put("tokenizer.chat_template", string(longest))(parts)
-    put("k", strings(longest, longest))(parts)
-    parts.pairs.append((b"y" * 65_536, u32(0)))
-    path = written(tmp_path / "x", parts)
-    assert open_gguf(path, "auto").chat_template == longest
-    assert read_gguf(path).metadata["k"] == (longest, longest)
-    put("k", strings("", longest + "x"))(parts)
-    with pytest.raises(OrcdError, match=r"k: length at byte \d+: expected at most 65536 bytes, found 65537"):
-        read_gguf(written(path, parts))
-
-
-@pytest.mark.requirement("WORKER-4310")
-def test_all_arrays_together_hold_as_many_elements_as_the_limit(tmp_path: Path) -> None:
-    half = array(0, MAX_ARRAY // 2, bytes(MAX_ARRAY // 2))
-    metadata = read_gguf(written(tmp_path / "x", Parts([(b"a", half), (b"b", half)], [], b""))).metadata
-    assert metadata["a"] == metadata["b"] == (0,) * 2**20
-    more = [(b"a", half), (b"b", half), (b"c", array(0, 1, b"\0"))]
-    with pytest.raises(OrcdError, match=r"c at byte \d+: expected at most 0, found 1"):
-        read_gguf(written(tmp_path / "x", Parts(more, [], b"")))
-
-
-@pytest.mark.requirement("WORKER-4310")
-def test_a_header_ends_at_its_limit_whatever_follows(tmp_path: Path) -> None:
-    """Counted from the file's first byte to the last of the tensor table."""
-    pairs = [(b"k%d" % n, string(bytes(60_000))) for n in range(MAX_HEADER_BYTES // 60_100)]
-    left = MAX_HEADER_BYTES - len(Parts([*pairs, (b"last", array(0, 0))], [], b"").encoded().rstrip(b"\0"))
-    for over in (0, 1):
-        body = b"".join(text(key) + value for key, value in pairs)
-        used = 24 + len(body) + len(text("last")) + 16
-        fill = MAX_HEADER_BYTES - used + over
-        assert abs(fill - left) < 100
-        raw = header(n_metadata=len(pairs) + 1, body=body + text("last") + array(0, fill, bytes(fill)))
-        assert len(raw) == MAX_HEADER_BYTES + over
-        path = sparse(tmp_path / "x", 2 * MAX_HEADER_BYTES, raw)
-        if over:
-            with pytest.raises(OrcdError, match=r"last at byte \d+: expected a header of at most 16777216 bytes"):
-                read_gguf(path)
-        else:
-            assert len(read_gguf(path).metadata) == len(pairs) + 1
-
-
-@pytest.mark.requirement("WORKER-4310")
-def test_a_vocabulary_of_control_tokens_takes_no_longer_than_another(tmp_path: Path, valid: Parts) -> None:
-    """Added one by one to the library's tokenizer, each would cost as much as all before it."""
-    more = [f"<|reserved_{n}|>" for n in range(8_000)]
-    parts, rows = again(valid), len(TOKENS) + len(more)
-    put("tokenizer.ggml.tokens", strings(*TOKENS, *more))(parts)
-    kinds = [3] * 3 + [1] * (len(TOKENS) - 3) + [3, 4] * 4_000
-    put("tokenizer.ggml.token_type", array(5, rows, struct.pack(f"<{rows}i", *kinds)))(parts)
-    place = -(-len(parts.data) // 32) * 32
-    parts.tensors[0] = Tensor(b"token_embd.weight", [32, rows], 0, place)
-    parts.data = parts.data.ljust(place, b"\0") + bytes(32 * 4 * rows)
-    assert trial(written(tmp_path / "x", parts)) == ""
-
-
-@pytest.mark.requirement("WORKER-4310")
-def test_the_largest_arrays_cost_a_few_times_their_bytes(tmp_path: Path, valid_file: Path, valid: Parts) -> None:
-    texts, numbers = again(valid), again(valid)
-    used = len(TOKENS) + 4
-    put("k", array(8, MAX_STRINGS - used, text("ab") * (MAX_STRINGS - used)))(texts)
-    put("k", array(10, MAX_ARRAY - 2**16, struct.pack("<Q", 2**63) * (MAX_ARRAY - 2**16)))(numbers)
-    files = [written(tmp_path / "texts", texts), written(tmp_path / "numbers", numbers)]
-    assert ordeal(valid_file, *map(str, files), mebibytes=160) == {"texts": "", "numbers": ""}
-    put("l", strings("one more"))(texts)
-    assert "expected at most 1048576 strings in all arrays, found more" in trial(written(tmp_path / "texts", texts))

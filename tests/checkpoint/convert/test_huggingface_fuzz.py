@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from orcd_jax.checkpoint.convert import huggingface
+from orcd_jax.checkpoint.convert import safetensors_weights
 from orcd_jax.checkpoint.convert.huggingface import open_huggingface
 from orcd_jax.checkpoint.convert.layout import leaves
 from orcd_jax.errors import ErrorCode, OrcdError
@@ -179,9 +179,9 @@ def test_a_tensors_name_is_a_name(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.requirement("WORKER-4310")
 def test_there_are_no_more_tensors_than_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert huggingface.MAX_TENSORS == 10_000
+    assert safetensors_weights.MAX_TENSORS == 10_000
     model = write_model(tmp_path / "m")
-    monkeypatch.setattr(huggingface, "MAX_TENSORS", len(weights()))
+    monkeypatch.setattr(safetensors_weights, "MAX_TENSORS", len(weights()))
     assert refusal(model) == ""
-    monkeypatch.setattr(huggingface, "MAX_TENSORS", len(weights()) - 1)
+    monkeypatch.setattr(safetensors_weights, "MAX_TENSORS", len(weights()) - 1)
     assert f"there are more than {len(weights()) - 1} tensors" in refusal(model)

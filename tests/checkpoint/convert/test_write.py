@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import itertools
 import os
-import shutil
 import threading
 import weakref
-from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -24,8 +20,9 @@ from orcd_jax.checkpoint.digest import tensor_digest
 from orcd_jax.checkpoint.manifest import read_manifest
 from orcd_jax.checkpoint.progress import Progress
 from orcd_jax.checkpoint.restore import restore
-from orcd_jax.checkpoint.verify import verify_arrays, verify_files
-from orcd_jax.errors import ErrorCode, OrcdError
+from orcd_jax.checkpoint.verify import verify_files
+from tests.checkpoint.convert.refusals import conversion_refusal
+from tests.checkpoint.proof import proved
 from tests.checkpoint.tiny import (
     CONFIG,
     TEMPLATE,
@@ -36,21 +33,6 @@ from tests.checkpoint.tiny import (
     sha256,
     tensor_by_hand,
 )
-
-
-class Stopped(Exception):
-    """What a test's callback raises; nothing handles it."""
-
-
-def refusal(source: MemorySource, destination: Path, code: ErrorCode = ErrorCode.MODEL_LOAD_FAILED) -> str:
-    """Why a conversion is refused; nothing of it may be left beside the destination."""
-    before = sorted(destination.parent.rglob("*")) if destination.parent.is_dir() else []
-    with pytest.raises(OrcdError) as caught:
-        convert(source, destination)
-    assert caught.value.code is code
-    assert (sorted(destination.parent.rglob("*")) if destination.parent.is_dir() else []) == before
-    return caught.value.message
-
 
 # -- what is written ---------------------------------------------------------------------------------------------------
 
@@ -79,7 +61,7 @@ def test_what_was_written_is_what_the_worker_verifies(tmp_path: Path, device: ja
     manifest = read_manifest(tmp_path / "m")
     assert manifest == returned
     verify_files(tmp_path / "m", manifest, lambda _: None)
-    verify_arrays(manifest, restore(tmp_path / "m", manifest, device), lambda _: None)
+    assert proved(manifest, restore(tmp_path / "m", manifest, device)) == manifest.digest
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -148,7 +130,7 @@ def test_bfloat16_is_rounded_to_nearest_and_ties_to_even(tmp_path: Path, device:
 def test_a_value_that_is_not_finite_is_refused_by_name(tmp_path: Path, name: str, dtype: str, value: float) -> None:
     source = MemorySource(config=config(dtype=dtype))
     source.weights[name].reshape(-1)[-1] = value
-    message = refusal(source, tmp_path / "m")
+    message = conversion_refusal(source, tmp_path / "m")
     assert name in message
     assert "not finite" in message
 
@@ -157,7 +139,7 @@ def test_a_value_that_is_not_finite_as_bfloat16_only_says_which_dtype_it_needs(t
     weights = random_weights(CONFIG)
     weights["model.norm.weight"][3] = np.finfo(np.float32).max
     convert(MemorySource(weights=weights), tmp_path / "float32")
-    message = refusal(MemorySource(config=config(dtype="bfloat16"), weights=weights), tmp_path / "bfloat16")
+    message = conversion_refusal(MemorySource(config=config(dtype="bfloat16"), weights=weights), tmp_path / "bfloat16")
     assert "--dtype=float32" in message
 
 
@@ -169,7 +151,7 @@ def test_a_value_that_is_not_finite_as_bfloat16_only_says_which_dtype_it_needs(t
 def test_a_missing_tensor_is_named(tmp_path: Path, name: str) -> None:
     weights = random_weights(CONFIG)
     del weights[name]
-    assert f"1 tensors of this llama model are missing: {name}" in refusal(
+    assert f"1 tensors of this llama model are missing: {name}" in conversion_refusal(
         MemorySource(weights=weights), tmp_path / "m"
     )
 
@@ -178,7 +160,7 @@ def test_a_missing_tensor_is_named(tmp_path: Path, name: str) -> None:
 @pytest.mark.requirement("WORKER-4310")
 def test_an_additional_tensor_is_named(tmp_path: Path, name: str) -> None:
     source = MemorySource(weights=random_weights(CONFIG) | {name: np.zeros(16, np.float32)})
-    assert f"belong to no part of it: {name}" in refusal(source, tmp_path / "m")
+    assert f"belong to no part of it: {name}" in conversion_refusal(source, tmp_path / "m")
 
 
 @pytest.mark.parametrize("name", sorted(random_weights(CONFIG)))
@@ -187,279 +169,15 @@ def test_a_tensor_of_another_shape_is_named_with_both_shapes(tmp_path: Path, nam
     weights = random_weights(CONFIG)
     wanted = weights[name].shape
     weights[name] = weights[name][:-1]
-    message = refusal(MemorySource(weights=weights), tmp_path / "m")
+    message = conversion_refusal(MemorySource(weights=weights), tmp_path / "m")
     assert f"{name} has the shape {weights[name].shape}; by the model's configuration it must be {wanted}" in message
 
 
 def test_many_missing_tensors_are_one_short_sentence(tmp_path: Path) -> None:
-    message = refusal(MemorySource(weights={"x" * 1000: np.zeros(1, np.float32)}), tmp_path / "m")
+    message = conversion_refusal(MemorySource(weights={"x" * 1000: np.zeros(1, np.float32)}), tmp_path / "m")
     assert "12 tensors" in message
     assert message.endswith("…")
     assert len(message) < 600
-
-
-# -- the destination ---------------------------------------------------------------------------------------------------
-
-
-def test_an_existing_destination_is_refused_and_untouched(tmp_path: Path) -> None:
-    (tmp_path / "m").mkdir()
-    (tmp_path / "m" / "mine").write_text("content")
-    assert "exists: choose another" in refusal(MemorySource(), tmp_path / "m", ErrorCode.INVALID_PARAMS)
-    assert (tmp_path / "m" / "mine").read_text() == "content"
-
-
-def make_file(path: Path) -> None:
-    path.write_text("content")
-
-
-@pytest.mark.parametrize(
-    "make",
-    [
-        make_file,
-        lambda path: path.symlink_to(path.with_name("nowhere")),
-        lambda path: (path.with_name("empty").mkdir(), path.symlink_to(path.with_name("empty"))),
-        os.mkfifo,
-    ],
-    ids=["file", "dangling link", "link to an empty folder", "fifo"],
-)
-def test_anything_at_the_destination_is_refused_at_once(tmp_path: Path, make: Callable[[Path], object]) -> None:
-    make(tmp_path / "m")
-    source = MemorySource(on_tensor=lambda *_: pytest.fail("converted in vain"))
-    assert "exists: choose another" in refusal(source, tmp_path / "m", ErrorCode.INVALID_PARAMS)
-
-
-@pytest.mark.parametrize("destination", ["/", "/.."])
-def test_the_root_folder_is_refused(destination: str) -> None:
-    with pytest.raises(OrcdError) as caught:
-        convert(MemorySource(), Path(destination))
-    assert caught.value.code is ErrorCode.INVALID_PARAMS
-
-
-def test_an_empty_folder_becomes_the_checkpoint(tmp_path: Path) -> None:
-    (tmp_path / "m").mkdir()
-    manifest = convert(MemorySource(), tmp_path / "m")
-    assert read_manifest(tmp_path / "m") == manifest
-
-
-def test_the_folders_above_the_destination_are_made(tmp_path: Path) -> None:
-    convert(MemorySource(), tmp_path / "a" / "b" / "m")
-    assert (tmp_path / "a" / "b" / "m" / "manifest.json").is_file()
-
-
-def test_a_relative_destination_is_taken_from_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    convert(MemorySource(), Path("m"))
-    assert (tmp_path / "m" / "manifest.json").is_file()
-
-
-def test_a_file_in_place_of_the_folder_above_is_one_error(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("content")
-    assert "cannot be written (" in refusal(MemorySource(), tmp_path / "file" / "m", ErrorCode.INVALID_PARAMS)
-
-
-def test_a_folder_that_cannot_be_written_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Simulated: tests may run as root, who may write everything."""
-
-    def denied(*_: object, **__: object) -> None:
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-
-    monkeypatch.setattr(Path, "mkdir", denied)
-    message = refusal(MemorySource(), tmp_path / "m", ErrorCode.INVALID_PARAMS)
-    assert message == f"{tmp_path / 'm'} cannot be written (Permission denied)"
-
-
-def test_a_name_that_is_too_long_is_one_error(tmp_path: Path) -> None:
-    assert "File name too long" in refusal(MemorySource(), tmp_path / ("m" * 250), ErrorCode.INVALID_PARAMS)
-
-
-def test_too_small_a_disk_is_found_before_anything_is_converted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    need = convert(MemorySource(), tmp_path / "first").weight_bytes
-
-    def free(count: int) -> None:
-        monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(count, 0, count))
-
-    free(need)
-    source = MemorySource(on_tensor=lambda *_: pytest.fail("converted in vain"))
-    assert "GB free: make room" in refusal(source, tmp_path / "m", ErrorCode.INVALID_PARAMS)
-    free(need + need // 50)
-    convert(MemorySource(), tmp_path / "m")
-
-
-# -- all or nothing ----------------------------------------------------------------------------------------------------
-
-
-def stopped_everywhere(tmp_path: Path, convert_until: Callable[[int, type[BaseException]], None]) -> int:
-    """Stops a conversion at its first, second, … point until it finishes; the number of points."""
-    for point in range(1000):
-        error = (Stopped, KeyboardInterrupt)[point % 2]
-        try:
-            convert_until(point, error)
-        except error:
-            assert list(tmp_path.iterdir()) == [], f"point {point}"
-        else:
-            return point
-    raise AssertionError("it never finished")
-
-
-def test_an_exception_at_any_point_of_progress_leaves_nothing(tmp_path: Path) -> None:
-    def convert_until(point: int, error: type[BaseException]) -> None:
-        seen = 0
-
-        def progress(_: Progress) -> None:
-            nonlocal seen
-            seen += 1
-            if seen > point:
-                raise error
-
-        write_checkpoint(MemorySource(), tmp_path / "m", progress, chat_template=None)
-
-    assert stopped_everywhere(tmp_path, convert_until) > 15
-
-
-def test_an_exception_at_any_tensor_leaves_nothing(tmp_path: Path) -> None:
-    def convert_until(point: int, error: type[BaseException]) -> None:
-        seen: list[str] = []
-
-        def on_tensor(name: str, _: object) -> None:
-            seen.append(name)
-            if len(seen) > point:
-                raise error
-
-        convert(MemorySource(on_tensor=on_tensor), tmp_path / "m")
-
-    assert stopped_everywhere(tmp_path, convert_until) == len(random_weights(CONFIG))
-
-
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EDQUOT])
-def test_a_disk_that_fails_at_any_sync_leaves_nothing_and_is_one_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
-) -> None:
-    """The sync of the parent, the last, comes after the rename: by then the checkpoint is whole."""
-    synced: list[Path] = []
-    monkeypatch.setattr(module, "_sync", synced.append)
-    convert(MemorySource(), tmp_path / "m")
-    shutil.rmtree(tmp_path / "m")
-    assert synced[-1] == tmp_path
-    for point in range(0, len(synced) - 1, 5):
-        calls = iter(range(len(synced)))
-
-        def failing(path: Path, calls: object = calls, point: int = point) -> None:
-            if next(calls) == point:  # type: ignore[call-overload]
-                raise OSError(number, os.strerror(number))
-
-        monkeypatch.setattr(module, "_sync", failing)
-        message = refusal(MemorySource(), tmp_path / "m", ErrorCode.INVALID_PARAMS)
-        assert message == f"{tmp_path / 'm'} cannot be written ({os.strerror(number)})"
-
-
-def test_every_file_and_folder_is_synced_before_the_rename_and_the_parent_after(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    events: list[Path | str] = []
-    rename = Path.rename
-
-    def noted_rename(path: Path, target: Path) -> Path:
-        events.extend(["rename"] * (target == tmp_path / "m"))  # Orbax renames too
-        return rename(path, target)
-
-    monkeypatch.setattr(module, "_sync", events.append)
-    monkeypatch.setattr(Path, "rename", noted_rename)
-    convert(MemorySource(), tmp_path / "m")
-    partial = tmp_path / ".m.partial"
-    written = {partial / path.relative_to(tmp_path / "m") for path in (tmp_path / "m").rglob("*")}
-    assert set(events[: events.index("rename")]) == written | {partial}
-    assert events[events.index("rename") :] == ["rename", tmp_path]
-
-
-def test_a_source_that_changes_while_it_is_read_is_told_apart_from_a_full_disk(tmp_path: Path) -> None:
-    for error in (FileNotFoundError(errno.ENOENT, "gone"), ValueError("mmap length is greater than file size")):
-
-        def on_tensor(name: str, _: object, error: Exception = error) -> None:
-            if name == "model.layers.0.mlp.up_proj.weight":
-                raise error
-
-        message = refusal(MemorySource(on_tensor=on_tensor), tmp_path / "m")
-        assert "mlp.gate_proj.weight can no longer be read: did its file change?" in message
-
-
-def test_a_source_file_that_is_gone_is_one_error(tmp_path: Path) -> None:
-    source = MemorySource(paths=(tmp_path / "gone",))
-    assert "the source cannot be read (No such file or directory)" in refusal(source, tmp_path / "m")
-
-
-def test_what_a_killed_conversion_left_is_removed(tmp_path: Path) -> None:
-    outside = tmp_path / "outside"
-    outside.mkdir()
-    (outside / "kept").write_text("content")
-    stale = tmp_path / ".m.partial"
-    (stale / "arrays" / "d").mkdir(parents=True)
-    (stale / "arrays" / "d" / "old").write_text("old")
-    (stale / "manifest.json").write_text("{}")
-    (stale / "folder").symlink_to(outside)
-    (stale / "file").symlink_to(outside / "kept")
-    manifest = convert(MemorySource(), tmp_path / "m")
-    verify_files(tmp_path / "m", manifest, lambda _: None)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["m", "outside"]
-    assert (outside / "kept").read_text() == "content"
-
-
-@pytest.mark.requirement("WORKER-4320")
-def test_a_link_in_place_of_the_partial_folder_is_not_followed(tmp_path: Path) -> None:
-    outside = tmp_path / "outside"
-    outside.mkdir()
-    (outside / "kept").write_text("content")
-    (tmp_path / ".m.partial").symlink_to(outside)
-    assert "cannot be written" in refusal(MemorySource(), tmp_path / "m", ErrorCode.INVALID_PARAMS)
-    assert (outside / "kept").read_text() == "content"
-
-
-def test_a_second_conversion_into_the_same_destination_is_refused(tmp_path: Path) -> None:
-    partial = tmp_path / ".m.partial"
-    partial.mkdir()
-    (partial / "half").write_text("done")
-    held = os.open(partial, os.O_RDONLY)
-    try:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        message = refusal(MemorySource(), tmp_path / "m", ErrorCode.INVALID_PARAMS)
-        assert "another conversion" in message
-        assert (partial / "half").read_text() == "done"
-    finally:
-        os.close(held)
-    convert(MemorySource(), tmp_path / "m")
-
-
-def test_a_destination_that_appears_while_waiting_for_nobody_is_not_replaced(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Another conversion finishes between the first look at the destination and the lock."""
-    flock = fcntl.flock
-
-    def late(held: int, how: int) -> None:
-        (tmp_path / "m").mkdir()
-        (tmp_path / "m" / "theirs").write_text("content")
-        flock(held, how)
-
-    monkeypatch.setattr(fcntl, "flock", late)
-    source = MemorySource(on_tensor=lambda *_: pytest.fail("converted in vain"))
-    with pytest.raises(OrcdError, match="exists: choose another"):
-        convert(source, tmp_path / "m")
-    assert [path.name for path in tmp_path.iterdir()] == ["m"]
-
-
-def test_the_folder_of_a_conversion_that_began_after_the_rename_is_left_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    next_one = tmp_path / ".m.partial"
-
-    def after_the_rename(path: Path) -> None:
-        if path == tmp_path:
-            next_one.mkdir()
-
-    monkeypatch.setattr(module, "_sync", after_the_rename)
-    convert(MemorySource(), tmp_path / "m")
-    assert next_one.is_dir()
 
 
 # -- memory ------------------------------------------------------------------------------------------------------------

@@ -112,3 +112,9 @@ def write_index(directory: Path, places: object) -> None:
     """Writes the index of shards."""
     index = {"metadata": {"total_size": 1}, "weight_map": places}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def write_extra(directory: Path, name: str = "tokenizer_config.json", **settings: object) -> Path:
+    """Writes a file of further settings beside the model."""
+    (directory / name).write_text(json.dumps(settings))
+    return directory
