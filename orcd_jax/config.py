@@ -112,7 +112,9 @@ class WorkerConfig(BaseModel):
         description="Index of the GPU this worker owns, among those CUDA_VISIBLE_DEVICES shows when it is set.",
     )
     allow_shared_gpu: Annotated[bool, Flag(_MODEL, "true or false")] = Field(
-        default=False, description="Load although other processes hold memory of the GPU. No plan is certain then."
+        default=False,
+        description="Load although other processes hold memory of the GPU, or the driver does not tell. No plan is "
+        "certain then.",
     )
     emulated_memory: Annotated[_Size, Field(ge=0, le=2**50), Flag(_MODEL, "a size up to 2^50 bytes, such as 24GiB")] = (
         Field(
@@ -147,6 +149,11 @@ class WorkerConfig(BaseModel):
         default=None,
         description="File with the bearer token for Plan, Commit, Attest, GetStatus, Drain and Shutdown. Mode 0600. "
         "Without it nobody can call these.",
+    )
+    connections_per_peer: Annotated[int, Field(ge=1, le=128), Flag(_NETWORK, "an integer from 1 to 128")] = Field(
+        default=32,
+        description="Connections that one address may have open, of the 128 there may be. All that comes through a "
+        "proxy, or from this host, has one address.",
     )
     open_ready: Annotated[bool, Flag(_NETWORK, "true or false")] = Field(
         default=False, description="Answer Ready without a token."

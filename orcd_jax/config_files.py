@@ -1,4 +1,8 @@
-"""Looks at every file the configuration names before anything is started, so that all that is wrong is said at once."""
+"""The files that the configuration names.
+
+All are looked at before anything is started, so that all that is wrong is said at once. Small ones are read here too,
+as strictly at the start as later.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ import struct
 from pathlib import Path
 
 from orcd_jax.config import WorkerConfig
+from orcd_jax.errors import ErrorCode, OrcdError
 
 _SECRETS = ("api_token_file", "control_token_file", "callback_token_file", "tls_key_file", "seal_key_file")
 _PUBLIC = ("tls_cert_file", "tls_client_ca_file", "signature_file", "trusted_keys_file")
@@ -76,6 +81,50 @@ def lets_others_in(access_list: bytes, user: int) -> bool:
         permissions and tag not in (_USER_OBJ, _MASK) and not (tag == _USER and whom == user)
         for tag, permissions, whom in _ACL_ENTRY.iter_unpack(access_list[4:])
     )
+
+
+def read_private(path: Path, flag: str, most: int) -> str:
+    """The text of a small regular file that only its owner can use.
+
+    Args:
+      path: the file.
+      flag: who named it, for errors.
+      most: bytes it may have.
+
+    Raises:
+      OrcdError: INVALID_PARAMS, saying what is wrong with the file and what to do.
+    """
+    try:
+        return read_small(path, flag, most, private=True).decode("ascii")
+    except UnicodeDecodeError:
+        raise refusal(flag, "it has a character that is not ASCII") from None
+
+
+def read_small(path: Path, flag: str, most: int, *, private: bool = False) -> bytes:
+    """The bytes of a small regular file; ``private``: which only its owner can use. Else as :func:`read_private`."""
+    try:
+        # Without O_NONBLOCK a named pipe would hold the start forever.
+        opened = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        hint = "; make it, with mode 0600, as the user who runs the worker" if private else ""
+        raise refusal(flag, f"it cannot be read ({error.strerror or type(error).__name__}){hint}") from None
+    try:
+        # Of the open file, not of the path: nobody can exchange it in between.
+        status = os.fstat(opened)
+        if not stat.S_ISREG(status.st_mode):
+            raise refusal(flag, "it is not a regular file")
+        if private and others_can_use(opened):
+            raise refusal(flag, f"others can use it (mode {stat.S_IMODE(status.st_mode):04o}); run `chmod 600` on it")
+        if status.st_size > most:
+            raise refusal(flag, f"it has {status.st_size} bytes; the limit is {most}")
+        return os.read(opened, most + 1)
+    finally:
+        os.close(opened)
+
+
+def refusal(flag: str, problem: str) -> OrcdError:
+    """INVALID_PARAMS for a file that a flag names."""
+    return OrcdError(ErrorCode.INVALID_PARAMS, f"--{flag}: {problem}", field=flag)
 
 
 def _problem(path: Path, *, secret: bool, folder: bool) -> str:

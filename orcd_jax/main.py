@@ -22,6 +22,7 @@ from orcd_jax.environment import refuse_root, set_environment
 from orcd_jax.errors import ErrorCode, ExitCode, OrcdError
 from orcd_jax.serving import exit_code_of, report
 from orcd_jax.telemetry import log, narration
+from orcd_jax.worker.pool_manager import PoolManager
 from orcd_jax.worker.restart_ledger import RestartLedger
 from orcd_jax.worker.state_directory import StateDirectory
 from orcd_jax.worker.watchdog import Watchdog
@@ -52,27 +53,32 @@ def main(argv: Sequence[str]) -> ExitCode:
     """
     try:
         config = parse(argv, os.environ)
-        if config is None:
-            return ExitCode.OK
+    except ConfigError as error:  # there is nobody to tell: not even the address is sure
+        return _complain(error)
+    if config is None:
+        return ExitCode.OK
+    log.configure(worker_id=config.worker_id, pool_id=config.pool_id, style=config.log_format, level=config.log_level)
+    try:
         if problems := problems_of_files(config):
             raise ConfigError(problems)
         refuse_root(config, os.geteuid())
         lock_down(Stage.START)
         set_environment(config, os.environ)
-    except ConfigError as error:
-        for problem in error.problems:
-            _complain(problem)
-        return ExitCode.USAGE
     except OrcdError as error:
-        _complain(error.message)
-        return ExitCode.USAGE
-    log.configure(worker_id=config.worker_id, pool_id=config.pool_id, style=config.log_format, level=config.log_level)
+        code = _complain(error)
+        _tell(config, error, code)
+        return code
+    except Exception as error:
+        code = report(error)
+        _tell(config, error, code)
+        return code
     try:
         code = _live(config)
     except _Stopped:
         code = ExitCode.OK
     except Exception as error:  # the last line of defence: one line, one code, no traceback with data in it
         code = report(error)
+        _tell(config, error, code)
     log.get_logger().info(log.EventCode.SHUTDOWN, human=narration.shutdown(exit_code=code), exit_code=int(code))
     return code
 
@@ -81,15 +87,19 @@ def _live(config: WorkerConfig) -> ExitCode:
     """One life, from the mark in the restart ledger to the last."""
     try:
         signal.signal(signal.SIGTERM, _stop)  # until the event loop has a handler of its own, seconds later
+        _survive_hangups()
         state = StateDirectory.open(config.state_dir, config.worker_id, os.environ)
         ledger = RestartLedger(state.restarts, max_restarts=config.max_restarts)
         ledger.start()
     except OrcdError as error:
         report(error)
-        if error.field == "max_restarts":
-            return ExitCode.RESTARTS
-        return ExitCode.USAGE if error.code is ErrorCode.BUSY else exit_code_of(error)
+        if error.code is ErrorCode.BUSY:  # what is told under this name would be taken for the other process's word
+            return ExitCode.USAGE
+        code = ExitCode.RESTARTS if error.field == "max_restarts" else exit_code_of(error)
+        _tell(config, error, code)
+        return code
     code = ExitCode.INTERNAL
+    untold: Exception | None = None
     try:
         code = _watched(config, state, ledger)
     except KeyboardInterrupt:
@@ -98,9 +108,11 @@ def _live(config: WorkerConfig) -> ExitCode:
     except _Stopped:
         code = ExitCode.OK
     except Exception as error:
-        code = report(error)
+        code, untold = report(error), error
     finally:
         ledger.end(code)
+        if untold is not None:  # what ended it while it served, it has told itself
+            _tell(config, untold, code)
         state.close()
     return code
 
@@ -118,6 +130,12 @@ def _watched(config: WorkerConfig, state: StateDirectory, ledger: RestartLedger)
         watchdog.close()
 
 
+def _tell(config: WorkerConfig, error: Exception, code: ExitCode) -> None:
+    """Tells the pool manager why this process ends, before it has served. SIGTERM ends the telling."""
+    with contextlib.suppress(_Stopped):
+        asyncio.run(PoolManager(config).tell_failure(error, code))
+
+
 class _Stopped(BaseException):
     """SIGTERM came before there was anything to drain."""
 
@@ -127,5 +145,14 @@ def _stop(number: int, frame: object) -> NoReturn:
     raise _Stopped
 
 
-def _complain(problem: str) -> None:
-    print(f"orcd-worker: {problem}", file=sys.stderr)  # noqa: T201 - before the log exists
+def _survive_hangups() -> None:
+    """SIGHUP asks to read files again; before that has a handler of its own, it must not end the process."""
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
+        signal.signal(signal.SIGHUP, lambda number, frame: None)
+
+
+def _complain(error: OrcdError) -> ExitCode:
+    """Says what is wrong with the settings, one line each, to whoever gave them."""
+    for problem in error.problems if isinstance(error, ConfigError) else (error.message,):
+        print(f"orcd-worker: {problem}", file=sys.stderr)  # noqa: T201 - for a person, before the worker lives
+    return ExitCode.USAGE

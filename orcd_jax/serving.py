@@ -12,7 +12,8 @@ from orcd_jax import __version__
 from orcd_jax.config import WorkerConfig
 from orcd_jax.errors import ErrorCode, ExitCode, OrcdError
 from orcd_jax.telemetry import log, narration
-from orcd_jax.worker.callback import Failure, Readiness, deliver
+from orcd_jax.worker.callback import Readiness
+from orcd_jax.worker.pool_manager import PoolManager
 
 _EXIT_OF_ERROR = {
     ErrorCode.INVALID_PARAMS: ExitCode.USAGE,
@@ -27,7 +28,6 @@ _EXIT_OF_ERROR = {
     ErrorCode.CUDA_ERROR: ExitCode.DEVICE,
 }
 _CLOSE_TIMEOUT_S = 5.0
-_LAST_WORD_TIMEOUT_S = 5.0
 _BEAT_S = 1.0
 
 
@@ -74,7 +74,7 @@ async def serve(
     worker: Serving,
     listen: Callable[[], Awaitable[Listening]],
     readiness: Callable[[], Readiness],
-    callback_token: str,
+    pool_manager: PoolManager,
     stopping: asyncio.Event,
     beat: Callable[[], None] = lambda: None,
 ) -> ExitCode:
@@ -85,38 +85,44 @@ async def serve(
       worker: owns the model and the jobs.
       listen: starts the server; raises OSError when the address cannot be bound.
       readiness: what the pool manager is told, once the model is loaded.
-      callback_token: bearer token for the callback; empty: none.
+      pool_manager: is told so, or why the worker ends.
       stopping: set when the process is asked to end.
       beat: called every second, to show that the event loop lives.
 
     Returns:
       OK after an orderly end; else why it ended. Errors are logged here.
     """
+    stop = asyncio.create_task(stopping.wait())
+
+    async def fail(error: BaseException, *, code: ExitCode | None = None, loaded: bool = False) -> ExitCode:
+        """Tells the log and the pool manager why the worker cannot go on; the exit code for it."""
+        known = report(error, loaded=loaded)
+        code = known if code is None else code
+        await pool_manager.tell_failure(error, code, stop=stop)
+        return code
+
     try:
         server = await listen()
     except OSError as error:
-        reason = (
-            f"cannot listen at {config.address} ({os.strerror(error.errno) if error.errno else type(error).__name__})"
-        )
-        report(OrcdError(ErrorCode.BUSY, f"{reason}: stop what uses the port, or choose another --rpc_port"))
-        return ExitCode.ADDRESS
+        reason = os.strerror(error.errno) if error.errno else type(error).__name__
+        problem = f"cannot listen at {config.address} ({reason}): stop what uses the port, or choose another --rpc_port"
+        return await fail(OrcdError(ErrorCode.BUSY, problem), code=ExitCode.ADDRESS)
     logger = log.get_logger(platform=config.platform)
     said = narration.startup(version=__version__, platform=config.platform, address=config.address)
     logger.info(log.EventCode.STARTUP, human=said, address=config.address, version=__version__)
 
-    stop = asyncio.create_task(stopping.wait())
     watching = asyncio.create_task(_keep_watch(worker, beat))
     loading = asyncio.create_task(worker.start())
     await _first(stop, loading, watching)
     if watching.done():
-        return report(watching.exception() or OrcdError(ErrorCode.INTERNAL, "nobody watches the worker any more"))
+        return await fail(_reason_of(watching))
     if not loading.done():
         return ExitCode.OK  # what was loaded so far goes with the process
     if (refusal := loading.exception()) is not None:
-        return await _fail(config, refusal, stop, callback_token)
+        return await fail(refusal)
 
     failing = asyncio.create_task(worker.wait_failed())
-    telling = asyncio.create_task(_undelivered(config, worker, readiness, callback_token))
+    telling = asyncio.create_task(_undelivered(worker, readiness, pool_manager))
     await _first(stop, failing, telling, watching)
     if not telling.done():
         telling.cancel()  # a worker that ends is not ready any more
@@ -126,14 +132,14 @@ async def serve(
             report(telling.exception() or telling.result())
             code = ExitCode.CALLBACK  # it holds memory that nobody accounts for
         elif watching.done():
-            code = report(watching.exception() or OrcdError(ErrorCode.INTERNAL, "nobody watches the worker any more"))
+            code = await fail(_reason_of(watching))
         await _first(asyncio.create_task(worker.drain(config.drain_timeout_ms / 1000)), failing)
     in_order = await worker.stop()
     if failing.done():  # serving or draining: a device that fails is never a clean stop
-        code = await _fail(config, failing.exception() or failing.result(), stop, callback_token, loaded=True)
+        code = await fail(failing.exception() or failing.result(), loaded=True)
     elif not in_order:
         hung = OrcdError(ErrorCode.CUDA_ERROR, "the device did not answer: it may need a reset before the next start")
-        code = await _fail(config, hung, stop, callback_token)
+        code = await fail(hung)
     await server.drain(_CLOSE_TIMEOUT_S)
     server.close()
     with contextlib.suppress(TimeoutError):
@@ -149,56 +155,21 @@ async def _keep_watch(worker: Serving, beat: Callable[[], None]) -> None:
         await asyncio.sleep(_BEAT_S)
 
 
-async def _fail(
-    config: WorkerConfig, error: BaseException, stop: asyncio.Task[bool], token: str, *, loaded: bool = False
-) -> ExitCode:
-    """Tells the log and the pool manager why the worker cannot go on; the exit code for it."""
-    code = report(error, loaded=loaded)
-    if config.readiness_callback_url:
-        known = error if isinstance(error, OrcdError) else OrcdError(ErrorCode.INTERNAL, "an internal error")
-        failure = Failure(
-            worker_id=config.worker_id,
-            pool_id=config.pool_id,
-            code=known.code.value,
-            message=known.message,
-            retriable=known.spec.retriable,
-        )
-        telling = asyncio.create_task(_deliver(config, failure, token))
-        if stop.done():  # no time to insist
-            await asyncio.wait([telling], timeout=_LAST_WORD_TIMEOUT_S)
-        else:
-            await _first(stop, telling)
-        if telling.done() and (undelivered := telling.exception()) is not None:
-            report(undelivered)
-    return code
+def _reason_of(watching: asyncio.Task[None]) -> BaseException:
+    """Why nobody watches the worker any more."""
+    return watching.exception() or OrcdError(ErrorCode.INTERNAL, "nobody watches the worker any more")
 
 
-async def _undelivered(
-    config: WorkerConfig, worker: Serving, readiness: Callable[[], Readiness], token: str
-) -> OrcdError:
+async def _undelivered(worker: Serving, readiness: Callable[[], Readiness], pool_manager: PoolManager) -> OrcdError:
     """Returns only when there is a pool manager and it could not be told in time."""
     try:
-        if config.readiness_callback_url:
+        if pool_manager.there:
             await worker.wait_ready()
-            await _deliver(config, readiness(), token)
+            await pool_manager.tell_ready(readiness())
     except OrcdError as error:
         return error
     await asyncio.Event().wait()
     raise AssertionError  # nothing sets the event
-
-
-async def _deliver(config: WorkerConfig, message: Readiness | Failure, token: str) -> None:
-    """Tells the pool manager, and the log how that goes."""
-    logger = log.get_logger()
-
-    def on_retry(attempt: int, reason: str, wait_s: float) -> None:
-        said = narration.callback_retry(attempt=attempt, reason=reason, wait_s=wait_s)
-        logger.warning(log.EventCode.CALLBACK, human=said, attempt=attempt)
-
-    attempts = await deliver(
-        config.readiness_callback_url, message, deadline_s=config.callback_deadline, token=token, on_retry=on_retry
-    )
-    logger.info(log.EventCode.CALLBACK, human=narration.callback_delivered(attempts=attempts), attempt=attempts)
 
 
 async def _first(*futures: asyncio.Future[Any]) -> None:

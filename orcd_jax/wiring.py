@@ -16,14 +16,15 @@ from orcd_jax.checkpoint.signature import load_public_keys, read_signature
 from orcd_jax.config import WorkerConfig
 from orcd_jax.device.gpu_health import GpuHealth, GpuHealthSampler, GpuProbe
 from orcd_jax.device.privileges import Stage, lock_down
-from orcd_jax.errors import ExitCode, OrcdError
+from orcd_jax.errors import ErrorCode, ExitCode, OrcdError
 from orcd_jax.residency.keys import IdentityKey, SealKey
 from orcd_jax.server.admission import AuthOutcome, AuthResult
-from orcd_jax.server.auth import Access, read_private
+from orcd_jax.server.auth import Access
+from orcd_jax.server.credentials import Credentials, TlsFiles
 from orcd_jax.server.grpc_server import GuardedServer, start_server
 from orcd_jax.server.http_status import HealthSnapshot, HttpStatus, start_http_status
 from orcd_jax.server.limits import Limits
-from orcd_jax.server.tls import server_context
+from orcd_jax.server.status import report_unexpected
 from orcd_jax.serving import serve
 from orcd_jax.telemetry import log, narration
 from orcd_jax.telemetry.audit import AuditEvent, AuditLog
@@ -31,13 +32,13 @@ from orcd_jax.telemetry.metrics import WorkerMetrics
 from orcd_jax.telemetry.trace import open_tracing
 from orcd_jax.worker import reports
 from orcd_jax.worker.callback import Readiness
+from orcd_jax.worker.pool_manager import URGENT_S, PoolManager
 from orcd_jax.worker.restart_ledger import RestartLedger
 from orcd_jax.worker.services import Services
 from orcd_jax.worker.state_directory import StateDirectory
 from orcd_jax.worker.watchdog import Watchdog
 from orcd_jax.worker.worker import Worker
 
-_CALLBACK_TOKEN_BYTES = 4096
 LEAST_STREAMS = 256
 _EXIT_SLACK_S = 30.0  # beyond the drain: last words, callbacks, the device's own clean-up
 
@@ -46,6 +47,9 @@ async def run_worker(
     config: WorkerConfig, state: StateDirectory, watchdog: Watchdog, ledger: RestartLedger
 ) -> ExitCode:
     """Makes everything, serves until the end, and closes what it made in the opposite order."""
+    hangup = _hangup_signal(asyncio.get_running_loop())  # before the files are read: none that comes later is missed
+    pool_manager = PoolManager(config)
+    pool_manager.read_token()
     stopping = _stop_signal(
         asyncio.get_running_loop(),
         on_first=lambda: watchdog.exiting(_exit_deadline_s(config)),
@@ -54,24 +58,27 @@ async def run_worker(
     with ExitStack() as opened:
         access = Access.from_files(config.api_token_file, config.control_token_file)
         services = opened.enter_context(_services(config, state, stopping))
+        credentials = Credentials(access, _tls_files(config), services.audit)
         worker = Worker(config, services)
         services.metrics.set_gauges(lambda: reports.snapshot(worker))
-        _reload_on_hangup(access, services)
-        settling = asyncio.create_task(_settle(worker))
+        beside = [asyncio.create_task(_settle(worker)), asyncio.create_task(_read_again(hangup, credentials))]
         code = await serve(
             config,
             worker=worker,
-            listen=lambda: _listen(config, worker, access, stopping.set),
+            listen=lambda: _listen(config, worker, credentials, stopping.set),
             readiness=lambda: _readiness(config, worker),
-            callback_token=_callback_token(config),
+            pool_manager=pool_manager,
             stopping=stopping,
             beat=watchdog.beat,
         )
-        settling.cancel()
+        for task in beside:
+            task.cancel()
         watchdog.exiting(_EXIT_SLACK_S)
-        services.audit.record(AuditEvent.WORKER_STOPPED, exit_code=int(code))
         if code is ExitCode.OK and services.audit_failed:
             code = ExitCode.AUDIT
+            error = OrcdError(ErrorCode.POLICY_VIOLATION, "the audit log cannot be written, and the policy is to stop")
+            await pool_manager.tell_failure(error, code, deadline_s=URGENT_S)
+        services.audit.record(AuditEvent.WORKER_STOPPED, exit_code=int(code))
     return code
 
 
@@ -162,26 +169,36 @@ class _Listeners:
             await self._status.wait_closed()
 
 
-async def _listen(config: WorkerConfig, worker: Worker, access: Access, on_shutdown: Callable[[], None]) -> _Listeners:
+def _tls_files(config: WorkerConfig) -> TlsFiles | None:
+    if config.tls_cert_file is None or config.tls_key_file is None:
+        return None
+    return config.tls_cert_file, config.tls_key_file, config.tls_client_ca_file
+
+
+async def _listen(
+    config: WorkerConfig, worker: Worker, credentials: Credentials, on_shutdown: Callable[[], None]
+) -> _Listeners:
     """Starts the listeners. Raises OSError when an address cannot be bound."""
-    tls = None
-    if config.tls_cert_file is not None and config.tls_key_file is not None:
-        tls = server_context(config.tls_cert_file, config.tls_key_file, config.tls_client_ca_file)
+    metrics = worker.services.metrics
     server = await start_server(
         worker,
         host=config.bind_address,
         port=config.rpc_port,
-        tokens=access,
+        tokens=credentials.access,
         on_shutdown=on_shutdown,
-        tls=tls,
+        tls=credentials.tls,
         on_auth=lambda outcome: _on_auth(worker.services, outcome),
+        on_refused=lambda refusal: metrics.connection_refused(refusal.value),
         open_ready=config.open_ready,
-        limits=Limits(streams=max(LEAST_STREAMS, 2 * config.slots_total)),
+        limits=Limits(
+            connections_per_peer=config.connections_per_peer, streams=max(LEAST_STREAMS, 2 * config.slots_total)
+        ),
     )
+    credentials.keep(server)
     if config.metrics_port < 0:
         return _Listeners(server, None)
     try:
-        status = await start_http_status(worker.services.metrics, lambda: _health(worker), port=config.metrics_port)
+        status = await start_http_status(metrics, lambda: _health(worker), port=config.metrics_port)
     except OSError:
         server.close()
         raise
@@ -201,13 +218,16 @@ def _health(worker: Worker) -> HealthSnapshot:
     )
 
 
+# Of those that are refused unseen one stands for many: they are as many as a stranger likes.
+_AUTH_EVENTS = {AuthResult.OK: AuditEvent.AUTH_SUCCEEDED, AuthResult.LIMITED: AuditEvent.AUTH_LIMITED}
+
+
 def _on_auth(services: Services, outcome: AuthOutcome) -> None:
     """Counts and audits an authentication."""
-    event = AuditEvent.AUTH_SUCCEEDED if outcome.result is AuthResult.OK else AuditEvent.AUTH_FAILED
     if outcome.result is not AuthResult.OK:
         services.metrics.auth_failed()
     services.audit.record(
-        event,
+        _AUTH_EVENTS.get(outcome.result, AuditEvent.AUTH_FAILED),
         method=outcome.method,
         peer=outcome.peer,
         token_fingerprint=outcome.fingerprint or None,
@@ -216,29 +236,24 @@ def _on_auth(services: Services, outcome: AuthOutcome) -> None:
     )
 
 
-def _reload_on_hangup(access: Access, services: Services) -> None:
-    """SIGHUP reads the token files again (WORKER-4201); what cannot be read changes nothing."""
-
-    def reload() -> None:
-        logger = log.get_logger()
-        try:
-            rotation = access.reload()
-        except OrcdError as error:
-            human = f"The token files were not read again, the old tokens stay: {error.message}"
-            logger.error(log.EventCode.AUTH, human=human, code=error.code.value)
-            return
-        came, went = ", ".join(rotation.came) or "none", ", ".join(rotation.went) or "none"
-        logger.info(log.EventCode.AUTH, human=f"The token files were read again: new {came}, gone {went}.")
-        services.audit.record(AuditEvent.TOKENS_ROTATED, reason=f"new {came}; gone {went}")
-
+def _hangup_signal(loop: asyncio.AbstractEventLoop) -> asyncio.Event:
+    """An event that each SIGHUP sets."""
+    asked = asyncio.Event()
+    # Ignored by the parent (nohup), it is not ours to take.
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload)
+        loop.add_signal_handler(signal.SIGHUP, asked.set)
+    return asked
 
 
-def _callback_token(config: WorkerConfig) -> str:
-    if config.callback_token_file is None:
-        return ""
-    return read_private(config.callback_token_file, "callback_token_file", _CALLBACK_TOKEN_BYTES).strip()
+async def _read_again(hangup: asyncio.Event, credentials: Credentials) -> None:
+    """Reads the credentials again whenever it is asked for; once for all that was asked meanwhile."""
+    while True:
+        await hangup.wait()
+        hangup.clear()
+        try:
+            await credentials.reload()
+        except Exception as error:  # the next time may be better
+            report_unexpected(error)
 
 
 def _readiness(config: WorkerConfig, worker: Worker) -> Readiness:

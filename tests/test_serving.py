@@ -12,7 +12,7 @@ import pytest
 from orcd_jax import serving
 from orcd_jax.config import WorkerConfig
 from orcd_jax.errors import ErrorCode, ExitCode, OrcdError
-from orcd_jax.worker import callback
+from orcd_jax.worker import callback, pool_manager
 from orcd_jax.worker.callback import Readiness
 from tests.configured import parsed
 
@@ -106,7 +106,7 @@ def life(
             worker=record,
             listen=listen or record.listen,
             readiness=record.readiness,
-            callback_token="",
+            pool_manager=pool_manager.PoolManager(config),
             stopping=record.stopping,
             beat=beat,
         )
@@ -209,7 +209,7 @@ class PoolManager:
             record.stopping.set()
             return 1
 
-        monkeypatch.setattr(serving, "deliver", deliver)
+        monkeypatch.setattr(pool_manager, "deliver", deliver)
 
 
 @pytest.mark.requirement("WORKER-4023")
@@ -237,6 +237,67 @@ def test_the_pool_manager_is_told_of_a_failure_with_its_code(monkeypatch: pytest
     pool = PoolManager(monkeypatch, record)
     assert life(parsed("--readiness_callback_url=http://127.0.0.1:9/"), record) is ExitCode.MODEL
     assert [(sent["status"], sent["code"]) for sent in pool.sent] == [("failed", "MODEL_LOAD_FAILED")]
+
+
+@pytest.mark.requirement("WORKER-4032")
+@pytest.mark.requirement("WORKER-4961")
+@pytest.mark.parametrize("when", ["serving", "draining", "stopping"])
+def test_the_pool_manager_is_told_of_a_device_that_fails_whenever_it_does(
+    monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    record = Record(in_order=when != "stopping")
+    pool = PoolManager(monkeypatch, record)
+    record.fails_with = OrcdError(ErrorCode.CUDA_ERROR, "the device failed")
+
+    async def loaded() -> None:
+        (record.failing if when == "serving" else record.stopping).set()
+
+    async def fail_in_drain(timeout_s: float) -> None:
+        if when == "draining" and not record.failing.is_set():  # the worker's; the server's comes later
+            record.failing.set()
+            await asyncio.Event().wait()
+
+    record.start, record.drain = loaded, fail_in_drain  # type: ignore[method-assign]
+    assert life(parsed("--readiness_callback_url=http://127.0.0.1:9/"), record) is ExitCode.DEVICE
+    assert [(sent["status"], sent["code"], sent["exit_code"]) for sent in pool.sent] == [("failed", "CUDA_ERROR", 9)]
+
+
+@pytest.mark.requirement("WORKER-4961")
+@pytest.mark.parametrize("loading", [True, False])
+def test_the_pool_manager_is_told_of_a_watchdog_that_is_gone(monkeypatch: pytest.MonkeyPatch, loading: bool) -> None:
+    record = Record()
+    pool = PoolManager(monkeypatch, record)
+
+    loads = record.start
+
+    async def start() -> None:
+        if loading:
+            await asyncio.Event().wait()
+        await loads()
+
+    def beat() -> None:
+        if loading or record.ready.is_set():
+            raise OrcdError(ErrorCode.INTERNAL, "the watchdog has ended")
+
+    async def never() -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(serving, "_BEAT_S", 0.01)
+    record.start, record.wait_ready = start, never  # type: ignore[method-assign]  # it has not told that it is ready
+    assert life(parsed("--readiness_callback_url=http://127.0.0.1:9/"), record, beat=beat) is ExitCode.INTERNAL
+    assert [(sent["message"], sent["exit_code"]) for sent in pool.sent] == [("the watchdog has ended", 70)]
+
+
+@pytest.mark.requirement("WORKER-4961")
+def test_the_pool_manager_is_told_of_a_port_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    record = Record()
+    pool = PoolManager(monkeypatch, record)
+
+    async def taken() -> Record:
+        raise OSError(errno.EADDRINUSE, "Address already in use")
+
+    assert life(parsed("--readiness_callback_url=http://127.0.0.1:9/"), record, taken) is ExitCode.ADDRESS
+    assert [(sent["code"], sent["exit_code"], sent["retriable"]) for sent in pool.sent] == [("BUSY", 5, True)]
 
 
 def test_an_unexpected_error_is_told_without_its_text(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,23 @@ TOKEN = "0123456789abcdef" * 4
 CONTROL_TOKEN = "fedcba9876543210" * 4
 WAIT_S = 120
 
+# A prelude: each step takes 10 ms at least, so that a job lasts for as long as a test looks at it.
+SLOW = """
+import time
+import orcd_jax.main as main
+start = main.Watchdog.start
+def then_slow_down(**given):
+    watchdog = start(**given)
+    from orcd_jax.engine.engine import Engine  # which imports JAX: its environment is set by now
+    dispatch = Engine._dispatch
+    def slowly(engine, step):
+        time.sleep(0.01)
+        return dispatch(engine, step)
+    Engine._dispatch = slowly
+    return watchdog
+main.Watchdog.start = then_slow_down
+"""
+
 
 def free_port() -> int:
     with socket.socket() as probe:
@@ -29,15 +46,19 @@ def free_port() -> int:
 
 
 class Worker:
-    """``orcd-worker`` on the tiny model, as a process; its log is read line by line."""
+    """``orcd-worker`` on the tiny model, as a process; its log is read line by line.
 
-    def __init__(self, checkpoint: Path, folder: Path, *flags: str) -> None:
+    Standalone, unless a flag says whom it tells. ``prelude`` is run before anything of the worker is imported.
+    """
+
+    def __init__(self, checkpoint: Path, folder: Path, *flags: str, prelude: str = "") -> None:
         self.port, self.state = free_port(), folder / "state"
         self.token_file, self.control_token_file = folder / "token", folder / "control_token"
         for path, token in ((self.token_file, TOKEN), (self.control_token_file, CONTROL_TOKEN)):
             path.touch(mode=0o600)
             path.write_text(token)
-        command = [sys.executable, "-c", "from orcd_jax.main import run; run()", "--standalone"]
+        command = [sys.executable, "-c", f"{prelude}\nfrom orcd_jax.main import run; run()"]
+        command += [] if any(flag.startswith("--readiness_callback_url") for flag in flags) else ["--standalone"]
         command += [
             f"--platform={PLATFORM}",
             "--worker_id=w",

@@ -59,7 +59,8 @@ class JobStream:
                 raise OrcdError(ErrorCode.INTERNAL, "the job's stream was read past its end")
             self._changed.clear()
             try:
-                await asyncio.wait_for(self._changed.wait(), timeout_s)
+                async with asyncio.timeout(timeout_s):  # wait_for of Python 3.11 may lose that it was cancelled
+                    await self._changed.wait()
             except TimeoutError:
                 return None
         event = self._events.popleft()

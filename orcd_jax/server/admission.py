@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 
 from orcd_jax.errors import ErrorCode, OrcdError
@@ -78,13 +78,19 @@ class Standing:
     Attributes:
       trusted: whether its next token is looked at however often its address failed. So is the first of a connection,
         and one after a good one: nobody is locked out by a neighbour, and a guess beyond the limit costs a connection.
+      fingerprint: of the last good token; empty: there was none, or it was taken away.
     """
 
-    __slots__ = ("trusted",)
+    __slots__ = ("fingerprint", "trusted")
 
     def __init__(self) -> None:
         """A client that has not tried yet."""
-        self.trusted = True
+        self.trusted, self.fingerprint = True, ""
+
+    def revoke(self, fingerprints: Container[str]) -> None:
+        """Forgets a good token that is none any more."""
+        if self.fingerprint in fingerprints:
+            self.trusted, self.fingerprint = False, ""
 
 
 class Door:
@@ -132,7 +138,7 @@ class Door:
             standing.trusted = False
             tell(AuthResult.FAILED if self._failures.note(peer) else AuthResult.LIMITED)
             raise
-        standing.trusted = True
+        standing.trusted, standing.fingerprint = True, identity.fingerprint
         if not identity.roles & roles:
             tell(AuthResult.FORBIDDEN, identity.fingerprint)
             raise self._forbidden(method, identity, roles)

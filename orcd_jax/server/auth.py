@@ -8,14 +8,12 @@ from __future__ import annotations
 import enum
 import hashlib
 import hmac
-import os
-import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn, Self
 
-from orcd_jax.config_files import others_can_use
+from orcd_jax.config_files import read_private, refusal
 from orcd_jax.errors import ErrorCode, OrcdError
 
 MIN_TOKEN_CHARS = 32
@@ -71,6 +69,11 @@ class Tokens:
     def fingerprints(self) -> tuple[str, ...]:
         """Names of the tokens, as logs show them."""
         return tuple(self._digest_of)
+
+    @property
+    def digests(self) -> Mapping[str, bytes]:
+        """Name to SHA-256 of each."""
+        return self._digest_of
 
     def find(self, presented: bytes) -> str:
         """The fingerprint of the token that was presented; empty when it is none of these."""
@@ -140,17 +143,22 @@ class Access:
         return Identity(name, frozenset(role for role, of in found.items() if of))
 
     def reload(self) -> Rotation:
-        """Reads the files again. Calls that run go on; the next ones need a token that is there now.
+        """Reads the files again. The next calls need a token that is there now; to end the others is the caller's part.
+
+        Returns:
+          What changed. A token that has changed its role both went and came.
 
         Raises:
           OrcdError: INVALID_PARAMS: a file is not as it must be; the tokens are the old ones.
         """
         tokens = _read_all(self._files) if self._files else self._tokens
         _check_apart(tokens)
-        before = self.fingerprints
+        before = _held(self._tokens)
         self._tokens = dict(tokens)
-        now = self.fingerprints
-        return Rotation(tuple(n for n in now if n not in before), tuple(n for n in before if n not in now))
+        now = _held(tokens)
+        came = tuple(name for role, name, digest in now if (role, name, digest) not in before)
+        went = tuple(name for role, name, digest in before if (role, name, digest) not in now)
+        return Rotation(came, went)
 
 
 def fingerprint(token: str) -> str:
@@ -185,50 +193,13 @@ def load_tokens(path: Path, role: Role = Role.EXECUTE) -> Tokens:
     return Tokens(lines)
 
 
-def read_private(path: Path, flag: str, most: int) -> str:
-    """The text of a small regular file that only its owner can use.
-
-    Args:
-      path: the file.
-      flag: who named it, for errors.
-      most: bytes it may have.
-
-    Raises:
-      OrcdError: INVALID_PARAMS, saying what is wrong with the file and what to do.
-    """
-    try:
-        # Without O_NONBLOCK a named pipe would hold the start forever.
-        opened = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError as error:
-        reason = error.strerror or type(error).__name__
-        raise refusal(
-            flag, f"it cannot be read ({reason}); make it, with mode 0600, as the user who runs the worker"
-        ) from None
-    try:
-        # Of the open file, not of the path: nobody can exchange it in between.
-        status = os.fstat(opened)
-        if not stat.S_ISREG(status.st_mode):
-            raise refusal(flag, "it is not a regular file")
-        if others_can_use(opened):
-            raise refusal(flag, f"others can use it (mode {stat.S_IMODE(status.st_mode):04o}); run `chmod 600` on it")
-        if status.st_size > most:
-            raise refusal(flag, f"it has {status.st_size} bytes; the limit is {most}")
-        data = os.read(opened, most + 1)
-    finally:
-        os.close(opened)
-    try:
-        return data.decode("ascii")
-    except UnicodeDecodeError:
-        raise refusal(flag, "it has a character that is not ASCII") from None
-
-
-def refusal(flag: str, problem: str) -> OrcdError:
-    """INVALID_PARAMS for a file that a flag names."""
-    return OrcdError(ErrorCode.INVALID_PARAMS, f"--{flag}: {problem}", field=flag)
-
-
 def _read_all(files: Mapping[Role, Path]) -> dict[Role, Tokens]:
     return {role: load_tokens(path, role) for role, path in files.items()}
+
+
+def _held(tokens: Mapping[Role, Tokens]) -> dict[tuple[Role, str, bytes], None]:
+    """Who has what, in order: two tokens of one fingerprint are not one."""
+    return {(role, name, digest): None for role, of in tokens.items() for name, digest in of.digests.items()}
 
 
 def _check_apart(tokens: Mapping[Role, Tokens]) -> None:

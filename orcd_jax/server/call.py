@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
+from contextlib import aclosing
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TypeVar
 
 import structlog
 from grpclib.metadata import Deadline, decode_metadata
@@ -14,12 +17,41 @@ from grpclib.metadata import Deadline, decode_metadata
 from orcd_jax.errors import ErrorCode, OrcdError
 
 Headers = list[tuple[str, str]]
+Event = TypeVar("Event")
 
 CORRELATION_ID = "x-correlation-id"
 """Metadata that names a call: the client's, else ours; sent back with every answer."""
 
 _CORRELATION_ID = re.compile(r"[A-Za-z0-9-]{1,64}")
 _GRPC_TIMEOUT = re.compile(r"[0-9]{1,8}[HMSmun]")
+
+
+class Permit:
+    """What lets a call run: the token that it came with. Ends the call when that is taken away.
+
+    Attributes:
+      revoked: whether it was.
+    """
+
+    def __init__(self) -> None:
+        """For a call that has not begun."""
+        self.revoked = False
+        self._timer: asyncio.Timeout | None = None
+
+    def time(self, timer: asyncio.Timeout) -> None:
+        """The call runs inside of ``timer``."""
+        self._timer = timer
+
+    def revoke(self) -> None:
+        """Ends the call, unless it ends already."""
+        self.revoked = True
+        if self._timer is not None and not self._timer.expired():
+            self._timer.reschedule(asyncio.get_running_loop().time())
+
+    def check(self) -> None:
+        """Raises AUTH_FAILED when it was revoked."""
+        if self.revoked:
+            raise OrcdError(ErrorCode.AUTH_FAILED, "the token of this call is not valid any more: call with a new one")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,12 +63,14 @@ class Call:
       deadline: the call's own, from the client's timeout.
       correlation_id: what logs, errors and metadata name the call by.
       traceparent: the client's trace context as it was sent, well-formed or not; empty when there is none.
+      permit: what lets it run.
     """
 
     fingerprint: str
     deadline: Deadline | None
     correlation_id: str = ""
     traceparent: str = ""
+    permit: Permit = field(default_factory=Permit)
 
     def owner(self, tenant: str) -> str:
         """The identity that a job belongs to."""
@@ -67,6 +101,23 @@ def enter(call: Call) -> None:
     structlog.contextvars.bind_contextvars(
         correlation_id=call.correlation_id, token_fingerprint=call.fingerprint or None
     )
+
+
+async def permitted(events: AsyncGenerator[Event, None]) -> AsyncGenerator[Event, None]:
+    """The events of the current call, until its token is revoked. Closes ``events``.
+
+    Raises:
+      OrcdError: AUTH_FAILED then, so that the call can end in its own words.
+    """
+    permit = current_call().permit
+    async with aclosing(events):
+        try:
+            async for event in events:
+                permit.check()  # a wait that ended in the same moment hides that it was to end
+                yield event
+        except asyncio.CancelledError:
+            permit.check()
+            raise
 
 
 def correlation_id(given: Sequence[object]) -> str:

@@ -38,7 +38,7 @@ from orcd_jax.errors import OrcdError
 from orcd_jax.server.admission import Standing
 from orcd_jax.server.call import Headers, readable
 from orcd_jax.server.frames import RST_STREAM, Frames, Misbehaved, goaway
-from orcd_jax.server.limits import Limits
+from orcd_jax.server.limits import Limits, Seldom
 from orcd_jax.server.status import report_unexpected
 from orcd_jax.telemetry.log import EventCode, get_logger
 
@@ -121,14 +121,23 @@ class Connection(H2Protocol):
     connection: _Channel
     processor: _Processor
 
-    def __init__(self, calls: Calls, limits: Limits, on_over: Callable[[Connection], None]) -> None:
-        """Waits for ``connection_made``; calls ``on_over`` when the socket is closed and the last call has ended."""
+    def __init__(
+        self, calls: Calls, limits: Limits, on_over: Callable[[Connection], None], cuts: Seldom | None = None
+    ) -> None:
+        """Waits for ``connection_made``.
+
+        Args:
+          calls: answers them.
+          limits: what the client may take.
+          on_over: called when the socket is closed and the last call has ended.
+          cuts: lets one of many connections that broke a limit into the log.
+        """
         super().__init__(calls, Configuration().__for_server__(), _H2_CONFIG)
         self.limits = limits
         self.standing = Standing()
         self.made = self.draining = False
         self.frames = Frames(limits)
-        self._on_over = on_over
+        self._on_over, self._cuts = on_over, cuts or Seldom(limits.log_s)
         self._ended = self._lost = self._waits_for_its_turn = False
         self._timer: asyncio.TimerHandle | None = None  # for a client that does nothing
         self._stalled: asyncio.TimerHandle | None = None  # for one that reads nothing
@@ -223,7 +232,9 @@ class Connection(H2Protocol):
             if self.draining:
                 self.end(None)
             else:
-                self._end_after(self.limits.idle_s, "no call came for a while")
+                known = self.standing.fingerprint  # a stranger keeps no place for long
+                seconds = self.limits.idle_s if known else self.limits.first_request_s
+                self._end_after(seconds, "no call came for a while")
 
     def _take_a_turn(self) -> None:
         """Handles frames, for a while; then the rest of the worker has its turn."""
@@ -254,8 +265,8 @@ class Connection(H2Protocol):
 
     def _cut(self, code: ErrorCodes | None, why: str) -> None:
         address = self.connection.get_peer().addr()
-        human = f"A client's connection was closed: {why}."
-        get_logger().warning(EventCode.REQUEST, human=human, peer=address[0] if address else None, reason=why)
+        if human := self._cuts.told(f"A client's connection was closed: {why}."):
+            get_logger().warning(EventCode.REQUEST, human=human, peer=address[0] if address else None, reason=why)
         self.end(code, why)
 
     def _end_after(self, seconds: float, why: str) -> None:
@@ -300,6 +311,8 @@ class _Processor(EventsProcessor):
         return released
 
     def process_request_received(self, event: RequestReceived) -> None:
+        if not self._owner.standing.fingerprint:
+            self._owner.frames.charge_stranger()
         most, h2 = self._owner.limits.streams, self.connection._connection
         # A call that was given up is no stream any more, but may take a while to end.
         if self._owner.draining or h2.count_streams() > most or len(self.streams) >= 2 * most:

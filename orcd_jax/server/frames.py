@@ -20,6 +20,8 @@ _SMALL_DATA_BYTES = 256
 # What a frame takes of the budget; 1 where nothing is said. Streams are bounded otherwise; to reset one throws the
 # work on a call away; settings change every stream and are sent once or twice in a connection's life.
 FRAME_COST = {_HEADERS: 0, RST_STREAM: 8, _SETTINGS: 20}
+# A call of a client that never had a valid token takes 0.5 ms of the event loop, and has nothing to lose.
+STRANGERS_CALL_COST = 20
 
 
 def goaway(last_stream: int, code: ErrorCodes, why: str = "") -> bytes:
@@ -91,6 +93,11 @@ class Frames:
         if not self._budget.spend(FRAME_COST.get(kind, 1)):
             name = _KINDS[kind] if kind < len(_KINDS) else "CONTINUATION" if kind == _CONTINUATION else "unknown"
             raise Misbehaved(ErrorCodes.ENHANCE_YOUR_CALM, f"too many {name} frames")
+
+    def charge_stranger(self) -> None:
+        """Counts a call of a client without a valid token. Raises Misbehaved when it is one too many."""
+        if not self._budget.spend(STRANGERS_CALL_COST):
+            raise Misbehaved(ErrorCodes.ENHANCE_YOUR_CALM, "too many calls without a valid token")
 
     def earn(self, amount: float) -> None:
         """Gives the client so many frames more, with which it takes what it was sent."""

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import struct
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol, cast
 
@@ -22,10 +22,11 @@ from h2.exceptions import StreamClosedError
 from orcd_jax.errors import ErrorCode, OrcdError
 from orcd_jax.server.admission import EXECUTE, OPEN_METHODS, READY, AuthOutcome, Door, roles_for
 from orcd_jax.server.auth import Access, Role
-from orcd_jax.server.call import CORRELATION_ID, Call, correlation_id, current_call, enter, only
+from orcd_jax.server.call import CORRELATION_ID, Call, Permit, correlation_id, current_call, enter, only
 from orcd_jax.server.codec import MalformedMessage, StrictCodec
 from orcd_jax.server.connection import CallStream
 from orcd_jax.server.limits import Limits
+from orcd_jax.server.places import Places, Refusal
 from orcd_jax.server.status import grpc_error, internal_error, report_unexpected
 from orcd_jax.telemetry.log import EventCode, get_logger
 
@@ -33,6 +34,7 @@ __all__ = ["Gate", "Service", "current_call", "internal_error", "report_unexpect
 
 _PREFIX = struct.Struct(">BI")
 _BUSY_RETRY_MS = 1000
+_UNCOUNTED = contextlib.nullcontext()
 
 
 class Service(Protocol):
@@ -62,7 +64,9 @@ class Gate(dict[str, Handler]):
         self._codec = codec
         self._limits = limits
         self._receiving = 0
+        self._permits: dict[Permit, str] = {}  # of the calls that run by leave of a token, and which
         self._watches: set[asyncio.Timeout] = set()
+        self._watchers = Places(limits.watches, limits.watches_per_peer)
         self._draining = False
         self._open = OPEN_METHODS | ({READY} if open_ready else set())
         for service in services:
@@ -102,8 +106,7 @@ class Gate(dict[str, Handler]):
 
     def _authenticate(self, stream: Stream[Any, Any], path: str, roles: frozenset[Role], call: Call) -> None:
         """Lets the caller in, under its own identity, or raises."""
-        address = stream.peer.addr()
-        peer = address[0] if address else ""
+        peer = _address(stream)
         identity = self._door.admit(
             _metadata(stream, "authorization"),
             roles,
@@ -124,18 +127,19 @@ class Gate(dict[str, Handler]):
         )
 
     async def _in_time(self, handler: Handler, stream: Stream[Any, Any], *, is_watch: bool) -> None:
-        """Answers a call before its deadline."""
-        deadline = current_call().deadline
-        left = None if deadline is None else deadline.time_remaining()
+        """Answers a call before its deadline, and while its token is valid."""
+        call = current_call()
+        left = None if call.deadline is None else call.deadline.time_remaining()
         if left is not None and left <= 0:
             raise OrcdError(ErrorCode.TIMEOUT, "the call's deadline had passed when it arrived")
         try:
             async with asyncio.timeout(left) as timer:
-                with self._watching(timer) if is_watch else contextlib.nullcontext():
-                    await handler.func(_GuardedStream(stream, handler, self))
+                with self._permitted(call, timer), self._watching(stream, timer) if is_watch else _UNCOUNTED:
+                    await handler.func(_GuardedStream(stream, handler, self, known=bool(call.fingerprint)))
         except TimeoutError:
             if not timer.expired():
                 raise
+            call.permit.check()
             if is_watch and self._draining:
                 raise OrcdError(ErrorCode.NOT_READY, "the worker ends: nothing more is to be seen here") from None
             raise OrcdError(ErrorCode.TIMEOUT, "the call's deadline has passed") from None
@@ -147,28 +151,53 @@ class Gate(dict[str, Handler]):
             if not timer.expired():
                 timer.reschedule(asyncio.get_running_loop().time())
 
+    def revoke(self, fingerprints: Container[str]) -> int:
+        """Ends the calls that run by leave of these tokens, with AUTH_FAILED; how many."""
+        gone = [permit for permit, fingerprint in self._permits.items() if fingerprint in fingerprints]
+        for permit in gone:
+            permit.revoke()
+        return len(gone)
+
     @contextlib.contextmanager
-    def _watching(self, timer: asyncio.Timeout) -> Iterator[None]:
+    def _permitted(self, call: Call, timer: asyncio.Timeout) -> Iterator[None]:
+        """Notes by leave of which token a call runs, until it ends."""
+        call.permit.time(timer)
+        self._permits[call.permit] = call.fingerprint
+        try:
+            yield
+        finally:
+            del self._permits[call.permit]
+
+    @contextlib.contextmanager
+    def _watching(self, stream: Stream[Any, Any], timer: asyncio.Timeout) -> Iterator[None]:
         """Counts a call that needs no token and does not end."""
-        if len(self._watches) >= self._limits.watches:
-            problem = f"{len(self._watches)} watches are open; there may be at most {self._limits.watches}"
+        address, places = _address(stream), self._watchers
+        if (refusal := places.take(address)) is not None:
+            of, most = ("all", places.most) if refusal is Refusal.FULL else ("this address", places.most_of_peer)
+            problem = f"{most} watches of {of} are open, as many as may be: use Check, or end one"
             raise OrcdError(ErrorCode.BUSY, problem, retry_after_ms=_BUSY_RETRY_MS)
         self._watches.add(timer)
         try:
             yield
         finally:
             self._watches.discard(timer)
+            places.leave(address)
 
     @contextlib.contextmanager
-    def receiving(self, size: int) -> Iterator[None]:
+    def receiving(self, size: int, *, known: bool) -> Iterator[None]:
         """Counts the bytes of a message while they arrive.
+
+        Args:
+          size: of the message.
+          known: whether the call has a token.
 
         Raises:
           OrcdError: INVALID_PARAMS: it is too large. BUSY: too much arrives at once.
         """
         limits = self._limits
-        if size > limits.message_bytes:
-            raise _malformed(f"the message has {size} bytes; the limit is {limits.message_bytes}")
+        most = limits.message_bytes if known else limits.open_message_bytes
+        if size > most:
+            raise _malformed(f"the message has {size} bytes; the limit is {most}")
         if self._receiving + size > limits.receiving_bytes:
             problem = f"messages of {limits.receiving_bytes} bytes are being received already: try again"
             raise OrcdError(ErrorCode.BUSY, problem, retry_after_ms=_BUSY_RETRY_MS)
@@ -182,10 +211,11 @@ class Gate(dict[str, Handler]):
 class _GuardedStream(StreamIterator[Any]):
     """The part of a grpclib stream that handlers use, with bounds on what comes in and on how long anything takes."""
 
-    def __init__(self, stream: Stream[Any, Any], handler: Handler, gate: Gate) -> None:
+    def __init__(self, stream: Stream[Any, Any], handler: Handler, gate: Gate, *, known: bool) -> None:
         self._inner = stream
         self._handler = handler
         self._gate = gate
+        self._known = known
 
     async def recv_message(self) -> Any:
         """The next message, or None after the last.
@@ -217,7 +247,7 @@ class _GuardedStream(StreamIterator[Any]):
         compressed, size = _PREFIX.unpack(prefix)
         if compressed:
             raise GRPCError(Status.UNIMPLEMENTED, "compressed messages are not accepted: send them as they are")
-        with self._gate.receiving(size):
+        with self._gate.receiving(size, known=self._known):
             data = await source.recv_data(size)
         if len(data) != size:
             raise _malformed("the message is cut off")
@@ -247,6 +277,12 @@ def _streams(handler: Handler) -> bool:
 
 def _metadata(stream: Stream[Any, Any], name: str) -> Sequence[object]:
     return [] if stream.metadata is None else stream.metadata.getall(name, [])
+
+
+def _address(stream: Stream[Any, Any]) -> str:
+    """Of the client, without its port; empty when it is gone already."""
+    address = stream.peer.addr()
+    return address[0] if address else ""
 
 
 def _malformed(message: str) -> OrcdError:

@@ -7,7 +7,7 @@ import contextlib
 import errno
 import socket
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from grpclib.events import SendInitialMetadata, SendTrailingMetadata, _DispatchServerEvents
 from grpclib.health.v1 import health_pb2
@@ -22,7 +22,8 @@ from orcd_jax.server.connection import Calls, Connection
 from orcd_jax.server.gate import Gate
 from orcd_jax.server.grpc_service import ServedWorker, WorkerService
 from orcd_jax.server.health import health_service
-from orcd_jax.server.limits import Limits
+from orcd_jax.server.limits import Limits, Seldom
+from orcd_jax.server.places import Places, Refusal
 from orcd_jax.telemetry.log import EventCode, get_logger
 
 _BACKLOG = 128
@@ -31,7 +32,11 @@ _ACCEPT_PAUSE_S = 0.5
 
 
 class GuardedServer:
-    """A gRPC server in which no path leads past the gate. Owns the listening socket and the connections."""
+    """A gRPC server in which no path leads past the gate. Owns the listening socket and the connections.
+
+    Attributes:
+      tls: what connections begin with from now on; None: they are not encrypted. Those that are there keep theirs.
+    """
 
     def __init__(
         self,
@@ -42,6 +47,7 @@ class GuardedServer:
         tls: ssl.SSLContext | None,
         limits: Limits,
         on_auth: Callable[[AuthOutcome], None] | None,
+        on_refused: Callable[[Refusal], None] | None,
         open_ready: bool,
     ) -> None:
         """Serves ``worker`` to whoever ``access`` knows."""
@@ -54,9 +60,11 @@ class GuardedServer:
         self._dispatch = _DispatchServerEvents()
         for answer in (SendInitialMetadata, SendTrailingMetadata):
             self._dispatch.add_listener(answer, _name_the_call)  # type: ignore[arg-type]  # it wants any event
-        self._tls, self._limits = tls, limits
-        self._connections: set[Connection] = set()
-        self._full = False
+        self.tls, self._limits, self._on_refused = tls, limits, on_refused
+        self._connections: dict[Connection, str] = {}  # and the address that each holds a place of
+        self._places = Places(limits.connections, limits.connections_per_peer)
+        self._seldom = {refusal: Seldom(limits.log_s) for refusal in Refusal}
+        self._cuts, self._starved = Seldom(limits.log_s), Seldom(limits.log_s)
         self._one_less = asyncio.Event()
         self._welcoming: set[asyncio.Task[None]] = set()
         self._listener: socket.socket | None = None
@@ -103,6 +111,12 @@ class GuardedServer:
             self._one_less.clear()
             await self._one_less.wait()
 
+    def revoke(self, fingerprints: Sequence[str]) -> int:
+        """Ends the calls that came with these tokens, which are valid no more; how many."""
+        for connection in self._connections:
+            connection.standing.revoke(fingerprints)
+        return self.gate.revoke(fingerprints)
+
     def _stop_listening(self) -> None:
         if self._accepting is not None and self._listener is not None:
             self._accepting.cancel()
@@ -115,52 +129,63 @@ class GuardedServer:
     async def _accept(self, listener: socket.socket) -> None:
         loop = asyncio.get_running_loop()
         while True:
+            await asyncio.sleep(0)  # one a turn: who connects over and over must not keep the loop from the calls
             try:
-                client, _ = await loop.sock_accept(listener)
+                client, (address, *_) = await loop.sock_accept(listener)
             except OSError as error:  # the client is gone already, or we have no room for it
                 if error.errno in _OUT_OF_RESOURCES:
+                    self._say_starved(error)
                     await asyncio.sleep(_ACCEPT_PAUSE_S)
                 continue
-            if len(self._connections) >= self._limits.connections:
-                self._turn_away(client)
+            if (refusal := self._places.take(address)) is not None:
+                self._turn_away(client, address, refusal)
                 continue
-            self._full = False
             _tune(client, self._limits.keepalive_s)
             calls = Calls(self.gate, self._codec, self._details_codec, self._dispatch)
-            connection = Connection(calls, self._limits, self._forget)
-            self._connections.add(connection)
+            connection = Connection(calls, self._limits, self._forget, self._cuts)
+            self._connections[connection] = address
             task = loop.create_task(self._welcome(connection, client))
             self._welcoming.add(task)
             task.add_done_callback(self._welcoming.discard)
 
     async def _welcome(self, connection: Connection, client: socket.socket) -> None:
         """Hands a socket over to its connection, after the TLS handshake if there is to be one."""
-        handshake_s = None if self._tls is None else self._limits.handshake_s
-        close_s = None if self._tls is None else self._limits.close_s
+        tls = self.tls
+        handshake_s = None if tls is None else self._limits.handshake_s
+        close_s = None if tls is None else self._limits.close_s
         try:
             await asyncio.get_running_loop().connect_accepted_socket(
-                lambda: connection,
-                client,
-                ssl=self._tls,
-                ssl_handshake_timeout=handshake_s,
-                ssl_shutdown_timeout=close_s,
+                lambda: connection, client, ssl=tls, ssl_handshake_timeout=handshake_s, ssl_shutdown_timeout=close_s
             )
         except OSError:  # it did not speak TLS, had no certificate that we trust, or left
             self._forget(connection)
-        except asyncio.CancelledError:
+        except BaseException:  # whatever it is, nobody holds its place any more
             self._forget(connection)
             raise
 
-    def _turn_away(self, client: socket.socket) -> None:
+    def _turn_away(self, client: socket.socket, address: str, refusal: Refusal) -> None:
         """Closes a connection that is one too many, without a word: a client that got one would come back at once."""
         client.close()
-        if not self._full:
-            self._full = True
-            human = f"{len(self._connections)} connections are open, as many as may be: others are turned away."
-            get_logger().warning(EventCode.REQUEST, human=human)
+        if self._on_refused is not None:
+            self._on_refused(refusal)
+        if refusal is Refusal.FULL:
+            human = f"{len(self._places)} connections are open, as many as may be: others are turned away."
+        else:
+            most = self._places.most_of_peer
+            human = f"{most} connections of one address are open, as many as may be: it gets no more."
+        if human := self._seldom[refusal].told(human):
+            get_logger().warning(EventCode.REQUEST, human=human, peer=address, reason=refusal.value)
+
+    def _say_starved(self, error: OSError) -> None:
+        """A process without descriptors looks healthy and takes nobody."""
+        if human := self._starved.told(
+            f"No connection can be taken ({error.strerror}): raise LimitNOFILE or make room."
+        ):
+            get_logger().error(EventCode.REQUEST, human=human)
 
     def _forget(self, connection: Connection) -> None:
-        self._connections.discard(connection)
+        if (address := self._connections.pop(connection, None)) is not None:
+            self._places.leave(address)
         self._one_less.set()
 
 
@@ -189,6 +214,7 @@ async def start_server(
     tls: ssl.SSLContext | None = None,
     limits: Limits | None = None,
     on_auth: Callable[[AuthOutcome], None] | None = None,
+    on_refused: Callable[[Refusal], None] | None = None,
     open_ready: bool = False,
 ) -> GuardedServer:
     """Starts to listen.
@@ -202,6 +228,7 @@ async def start_server(
       tls: from ``tls.server_context``; without it traffic is not encrypted.
       limits: what clients may take.
       on_auth: called with the outcome of every authentication, on the event loop.
+      on_refused: called for every connection that is turned away, likewise.
       open_ready: whether Ready needs no token.
 
     Returns:
@@ -217,6 +244,7 @@ async def start_server(
         tls=tls,
         limits=limits or Limits(),
         on_auth=on_auth,
+        on_refused=on_refused,
         open_ready=open_ready,
     )
     server.listen(host, port)

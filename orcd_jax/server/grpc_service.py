@@ -14,6 +14,7 @@ from orcd_jax.config import WorkerConfig
 from orcd_jax.engine.request import Ended, Failed
 from orcd_jax.errors import ErrorCode, OrcdError
 from orcd_jax.server import translate, validation
+from orcd_jax.server.call import permitted
 from orcd_jax.server.gate import current_call, internal_error, report_unexpected
 from orcd_jax.server.status import error_detail
 from orcd_jax.worker.lifecycle import Lifecycle, State
@@ -99,7 +100,7 @@ class WorkerService(v1.WorkerBase):
     async def commit(self, message: v1.CommitRequest) -> AsyncIterator[v1.CommitEvent]:
         """Loads a model and seals it. A failure is an event, and the status."""
         load = cast("AsyncGenerator[CommitEvent, None]", self._worker.commit(translate.commit_params(message)))
-        async with aclosing(load) as events:
+        async with aclosing(permitted(load)) as events:
             try:
                 async for event in events:
                     yield translate.commit_event(event)
@@ -120,7 +121,7 @@ class WorkerService(v1.WorkerBase):
         params = translate.execute_params(message, self._worker.config, call.remaining_ms(), call.traceparent)
         seed: int | None = None
         job = cast("AsyncGenerator[WorkerEvent, None]", self._worker.execute(params, call.owner(params.tenant)))
-        async with aclosing(job) as events:
+        async with aclosing(permitted(job)) as events:
             try:
                 async for event in events:
                     if isinstance(event, Started):

@@ -10,22 +10,31 @@ from dataclasses import dataclass
 
 Clock = Callable[[], float]
 
+CONNECTIONS = 128
+"""Connections to the gRPC server at once."""
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
     """What the gRPC server lets its clients take. Times are in seconds, sizes in bytes."""
 
     # An orchestrator needs one connection, a person with tools a few. Each may hold a receive window and its streams.
-    connections: int = 128
+    connections: int = CONNECTIONS
+    # Of one address, so that no one takes them all: the default leaves room for three others that try.
+    connections_per_peer: int = 32
     # Calls that run at once on one connection: every slot of a GPU (64) four times over. As many again may be ending.
     streams: int = 256
     # Health watches need no token and never end: one for each supervisor there could be.
     watches: int = 32
+    watches_per_peer: int = 8
     # Of the headers of one call, uncompressed: the longest token, a correlation id and a trace context, twice over.
     # Decoding them takes up to 0.4 ms a KiB on the event loop.
     header_bytes: int = 8 * 2**10
     # One message: 100 000 characters or a million token ids.
     message_bytes: int = 4 * 2**20
+    # One of a call that needs no token: the name of a service. What is being received is bounded for all together, and
+    # a stranger must not use that up.
+    open_message_bytes: int = 2**10
     # Messages that are being received, of all clients together: sixteen of the largest.
     receiving_bytes: int = 64 * 2**20
     # What a client may send that nobody has read yet, on a connection and on one of its streams.
@@ -33,7 +42,8 @@ class Limits:
     stream_window: int = 2**18
     # TCP to TLS: a few round trips.
     handshake_s: float = 10.0
-    # A new connection's first call. Clients connect because they have one.
+    # A new connection's first call, and the next one of a client that never had a valid token. Clients connect because
+    # they have a call.
     first_request_s: float = 20.0
     # A connection without calls. Clients come back when they need it.
     idle_s: float = 600.0
@@ -60,6 +70,8 @@ class Limits:
     auth_failures_per_s: float = 0.2
     # Addresses whose failures are remembered; the one that failed longest ago is forgotten first.
     auth_peers: int = 4096
+    # What clients can bring about as often as they like is logged once in this time, with how often it was.
+    log_s: float = 60.0
 
 
 class TokenBucket:
@@ -95,6 +107,26 @@ class TokenBucket:
         return self._level
 
 
+class Seldom:
+    """Lets one of many occurrences through in each interval, so that whoever repeats one fills no log."""
+
+    __slots__ = ("_clock", "_interval_s", "_told_s", "_untold")
+
+    def __init__(self, interval_s: float, clock: Clock = time.monotonic) -> None:
+        """Nothing has occurred yet."""
+        self._interval_s, self._clock = interval_s, clock
+        self._told_s, self._untold = float("-inf"), 0
+
+    def told(self, human: str) -> str:
+        """The sentence as it is to be logged for one more occurrence; empty: it is not to be logged."""
+        self._untold += 1
+        now = self._clock()
+        if now - self._told_s < self._interval_s:
+            return ""
+        count, self._told_s, self._untold = self._untold, now, 0
+        return human if count == 1 else f"{human} ({count} times since the last such line)"
+
+
 class AuthFailures:
     """How often each address failed to authenticate. Owns a table of bounded size."""
 
@@ -108,12 +140,12 @@ class AuthFailures:
 
     def wait_ms(self, address: str) -> int:
         """Milliseconds until this address may fail again; 0: it may now."""
-        bucket = self._of.get(_peer(address))
+        bucket = self._of.get(peer_of(address))
         return 0 if bucket is None else int(bucket.wait_s() * 1e3 + 0.999)
 
     def note(self, address: str) -> bool:
         """Counts a failure; False when it was one too many."""
-        peer = _peer(address)
+        peer = peer_of(address)
         bucket = self._of.get(peer)
         if bucket is None:
             bucket = TokenBucket(self._limits.auth_failures, self._limits.auth_failures_per_s, clock=self._clock)
@@ -124,7 +156,7 @@ class AuthFailures:
         return bucket.spend()
 
 
-def _peer(address: str) -> str:
+def peer_of(address: str) -> str:
     """Whom an address stands for: one host of IPv6 has 2^64 of them."""
     try:
         of = ipaddress.ip_address(address.partition("%")[0])

@@ -1,17 +1,20 @@
-"""TLS of the gRPC server: one context from PEM files, checked whole at the start (WORKER-4920)."""
+"""TLS of the gRPC server: one context from PEM files, checked whole whenever they are read (WORKER-4920)."""
 
 from __future__ import annotations
 
+import hashlib
 import ssl
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.types import PublicKeyTypes
+from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
 
+from orcd_jax.config_files import read_private, read_small, refusal
 from orcd_jax.errors import OrcdError
-from orcd_jax.server.auth import read_private, refusal
 
 _CERTIFICATE, _KEY, _CLIENT_CA = "tls_cert_file", "tls_key_file", "tls_client_ca_file"
 _MAX_KEY_BYTES = 64 * 1024
@@ -20,7 +23,24 @@ _MAX_CERTIFICATES_BYTES = 2**20
 _CIPHERS = "ECDHE+AESGCM:ECDHE+CHACHA20"
 
 
-def server_context(cert_file: Path, key_file: Path, client_ca_file: Path | None = None) -> ssl.SSLContext:
+@dataclass(frozen=True, slots=True)
+class ServerTls:
+    """What a server shows its clients and asks of them, as it was read from files.
+
+    Attributes:
+      context: for new connections.
+      digest: SHA-256 over all certificates, those of the clients' authorities included: tells whether any changed.
+      fingerprint: SHA-256 of the server's own certificate, 64 hex digits, as other tools show it.
+      valid_until: of the server's own certificate.
+    """
+
+    context: ssl.SSLContext
+    digest: bytes
+    fingerprint: str
+    valid_until: datetime
+
+
+def read_tls(cert_file: Path, key_file: Path, client_ca_file: Path | None = None) -> ServerTls:
     """TLS 1.3, or 1.2 with a client that has no better, for HTTP/2 and nothing else.
 
     Args:
@@ -44,25 +64,29 @@ def server_context(cert_file: Path, key_file: Path, client_ca_file: Path | None 
         context.load_cert_chain(cert_file, key_file)
     except (ssl.SSLError, OSError) as error:
         raise refusal(_CERTIFICATE, f"OpenSSL refuses it or its key ({_reason(error)})") from None
+    authorities: list[x509.Certificate] = []
     if client_ca_file is not None:
-        _certificates(client_ca_file, _CLIENT_CA)
+        authorities = _certificates(client_ca_file, _CLIENT_CA)
         try:
             context.load_verify_locations(client_ca_file)
         except (ssl.SSLError, OSError) as error:
             raise refusal(_CLIENT_CA, f"OpenSSL refuses it ({_reason(error)})") from None
         context.verify_mode = ssl.CERT_REQUIRED
-    return context
+    read = hashlib.sha256(len(certificates).to_bytes(4))
+    for certificate in (*certificates, *authorities):
+        read.update(certificate.fingerprint(SHA256()))
+    own = certificates[0]
+    return ServerTls(context, read.digest(), own.fingerprint(SHA256()).hex(), own.not_valid_after_utc)
+
+
+def server_context(cert_file: Path, key_file: Path, client_ca_file: Path | None = None) -> ssl.SSLContext:
+    """The context of :func:`read_tls`."""
+    return read_tls(cert_file, key_file, client_ca_file).context
 
 
 def _certificates(path: Path, flag: str) -> list[x509.Certificate]:
     """The certificates of a file, all valid today."""
-    try:
-        with path.open("rb") as file:
-            data = file.read(_MAX_CERTIFICATES_BYTES + 1)
-    except OSError as error:
-        raise refusal(flag, f"it cannot be read ({error.strerror or type(error).__name__})") from None
-    if len(data) > _MAX_CERTIFICATES_BYTES:
-        raise refusal(flag, f"it has more than {_MAX_CERTIFICATES_BYTES} bytes")
+    data = read_small(path, flag, _MAX_CERTIFICATES_BYTES)
     try:
         certificates = x509.load_pem_x509_certificates(data)
     except ValueError:

@@ -43,7 +43,7 @@ FailurePolicy = Literal["continue", "stop"]
 CRITICAL = frozenset({AuditEvent.VERIFICATION_FAILED, AuditEvent.POLICY_VIOLATION})
 """Flushed onto the disk as soon as the writer has them, unless fsync is ``never``."""
 
-SAMPLED = frozenset({AuditEvent.AUTH_SUCCEEDED, AuditEvent.DIGEST_AGE_CHECKED})
+SAMPLED = frozenset({AuditEvent.AUTH_SUCCEEDED, AuditEvent.AUTH_LIMITED, AuditEvent.DIGEST_AGE_CHECKED})
 """Recorded at most once in :data:`SAMPLE_INTERVAL_S` for each token; the record says for how many it stands."""
 
 SAMPLE_INTERVAL_S = 60.0

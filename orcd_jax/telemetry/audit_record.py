@@ -53,7 +53,10 @@ class AuditEvent(enum.StrEnum):
     POLICY_VIOLATION = "policy_violation"  # critical
     AUTH_SUCCEEDED = "auth_succeeded"  # sampled
     AUTH_FAILED = "auth_failed"
+    AUTH_LIMITED = "auth_limited"  # sampled
     TOKENS_ROTATED = "tokens_rotated"
+    TLS_ROTATED = "tls_rotated"
+    ROTATION_REFUSED = "rotation_refused"
     PATH_REFUSED = "path_refused"
     # of the log itself
     LOG_OPENED = "log_opened"  # the first record of every file

@@ -30,6 +30,7 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 STATES = ("STARTING", "LOADING", "READY", "EXECUTING", "DRAINING", "STOPPED")
 OUTCOMES = ("success", "error", "cancelled", "timeout")
+REFUSALS = ("full", "peer")  # there are as many connections as there may be; or as many of one address
 DEVICE_ERRORS = (ErrorCode.CUDA_ERROR, ErrorCode.HOST_OOM, ErrorCode.VRAM_OOM)
 # An end of the sequence and a stop string are one reason in the words that other servers use.
 FINISHED_REASON: Mapping[str, str] = {"eos": "stop", "stop": "stop", "length": "length"}
@@ -149,6 +150,7 @@ class WorkerMetrics(Collector):
         self._finished = {reason: _Count() for reason in sorted(set(FINISHED_REASON.values()))}
         self._device_errors = {code: _Count() for code in DEVICE_ERRORS}
         self._tokens_in, self._tokens_out, self._auth_failures = _Count(), _Count(), _Count()
+        self._refused = {why: _Count() for why in REFUSALS}
         self._first_token = _Distribution(_FIRST_TOKEN_S)
         self._inter_token = _Distribution(_INTER_TOKEN_S)
         self._duration = _Distribution(_DURATION_MS)
@@ -201,6 +203,10 @@ class WorkerMetrics(Collector):
         """A call came without a token that opens its method."""
         self._auth_failures.add()
 
+    def connection_refused(self, reason: str) -> None:
+        """A connection was turned away, for one of :data:`REFUSALS`."""
+        self._refused[reason].add()
+
     # -- what is told --------------------------------------------------------------------------------------------
 
     def exposition(self) -> bytes:
@@ -243,6 +249,8 @@ class WorkerMetrics(Collector):
         yield _counter("worker_audit_records_lost", "Audit records that could not be written.", lost)
         failures = _one(self._auth_failures.value)
         yield _counter("worker_auth_failures", "Calls without a token that opens their method.", failures)
+        refused = [((why,), count.value) for why, count in self._refused.items()]
+        yield _counter("worker_connections_refused", "Connections that were one too many.", refused, ("reason",))
 
     def _of_process(self, now: Snapshot) -> Iterator[Metric]:
         yield _gauge("worker_vram_bytes", "Device memory held.", _one(now.vram_bytes))

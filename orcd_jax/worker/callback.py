@@ -1,24 +1,24 @@
 """Telling the pool manager that the worker is ready, or why it is not (WORKER-4023).
 
 One POST of a JSON object, retried with jittered exponential backoff until a deadline. The request goes to the
-configured URL and nowhere else: redirects are refused, proxies of the environment are not used.
+configured URL and nowhere else: redirects are refused, proxies of the environment are not used. Whatever the other side
+does, or does not, nobody waits for it longer than was said.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import http.client
 import json
 import random
+import socket
 import ssl
+import threading
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass, field
-from email.message import Message
-from typing import IO
-from urllib.error import HTTPError, URLError
-from urllib.parse import urlsplit
-from urllib.request import HTTPRedirectHandler, HTTPSHandler, OpenerDirector, ProxyHandler, Request, build_opener
+from urllib.parse import SplitResult, urlsplit, urlunsplit
 
 from orcd_jax import __version__
 from orcd_jax.errors import ErrorCode, OrcdError
@@ -78,6 +78,8 @@ class Failure:
       code: a stable error code.
       message: one sentence, safe to show.
       retriable: whether starting this worker again may help.
+      exit_code: by which the process ends.
+      retry_after_ms: before which it does not start again; None: nothing keeps it from it.
     """
 
     worker_id: str
@@ -85,19 +87,12 @@ class Failure:
     code: str
     message: str
     retriable: bool
+    exit_code: int
+    retry_after_ms: int | None = None
 
     def body(self) -> bytes:
         """The JSON that is sent."""
         return _encode({"status": "failed", **asdict(self), "version": __version__})
-
-
-class _NoRedirects(HTTPRedirectHandler):
-    """A redirect would send the worker's identity to an address nobody configured."""
-
-    def redirect_request(
-        self, req: Request, fp: IO[bytes], code: int, msg: str, headers: Message, newurl: str
-    ) -> Request | None:
-        raise HTTPError(req.full_url, code, "redirect refused", headers, fp)
 
 
 async def deliver(
@@ -116,7 +111,7 @@ async def deliver(
     Args:
       url: http or https; https is verified against the system's certificates.
       message: what to say.
-      deadline_s: seconds after which no further attempt is begun.
+      deadline_s: seconds after which no further attempt is begun, and one that runs is given up.
       token: bearer token the pool manager wants; empty: none is sent.
       on_retry: called with the attempt, why it failed and the seconds until the next.
       sleep: waits, on the event loop.
@@ -129,14 +124,16 @@ async def deliver(
     Raises:
       CallbackUndelivered: the deadline passed, or the URL is neither http nor https.
     """
-    if urlsplit(url).scheme not in ("http", "https"):
+    to = urlsplit(url)
+    if to.scheme not in ("http", "https"):
         raise CallbackUndelivered(ErrorCode.INVALID_PARAMS, "the callback URL must begin with http:// or https://")
-    body, opener, end = message.body(), _opener(), clock() + deadline_s
+    body, end = message.body(), clock() + deadline_s
+    verified = ssl.create_default_context() if to.scheme == "https" else None
     attempt, wait = 0, FIRST_WAIT_S
     while True:
         attempt += 1
         timeout_s = max(0.1, min(ATTEMPT_TIMEOUT_S, end - clock()))
-        reason = await asyncio.to_thread(_post, opener, url, body, token, timeout_s)
+        reason = await _Attempt(to, body, token, verified).outcome(timeout_s)
         if not reason:
             return attempt
         pause = wait * (0.5 + 0.5 * jitter())
@@ -153,31 +150,84 @@ async def deliver(
         await sleep(pause)
 
 
-def _opener() -> OpenerDirector:
-    """Opens exactly the URL it is given: no redirects, no proxy, verified TLS."""
-    return build_opener(_NoRedirects(), ProxyHandler({}), HTTPSHandler(context=ssl.create_default_context()))
+class _Attempt:
+    """One POST.
+
+    A socket's timeout is for each of its operations, and names are looked up without any. So a thread does it, which
+    nobody waits for longer than was said, nor at the end of the process; and which is not one of the few that the loop
+    has for other work.
+    """
+
+    def __init__(self, to: SplitResult, body: bytes, token: str, verified: ssl.SSLContext | None) -> None:
+        """Nothing is sent yet; ``verified``: with ``https``, how the other side is checked."""
+        self._to, self._body, self._verified = to, body, verified
+        self._headers = {"Content-Type": "application/json", "User-Agent": "orcd-jax"}
+        if token:
+            self._headers["Authorization"] = f"Bearer {token}"
+        self._connection: http.client.HTTPConnection | None = None
+        self._given_up = threading.Event()
+
+    async def outcome(self, timeout_s: float) -> str:
+        """Empty when it was taken, else a short reason without the server's own words."""
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[str] = loop.create_future()
+
+        def settle(reason: str) -> None:
+            if not done.done():
+                done.set_result(reason)
+
+        def run() -> None:
+            reason = self._post(timeout_s)
+            with contextlib.suppress(RuntimeError):  # the loop is gone
+                loop.call_soon_threadsafe(settle, reason)
+
+        threading.Thread(target=run, name="callback", daemon=True).start()
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await done
+        except TimeoutError:
+            return _silent(timeout_s)
+        finally:
+            self._give_up()
+
+    def _give_up(self) -> None:
+        """What nobody waits for any more must not arrive after what is said next."""
+        self._given_up.set()
+        sock = None if self._connection is None else self._connection.sock
+        if sock is not None:
+            with contextlib.suppress(OSError):  # it ended by itself
+                sock.shutdown(socket.SHUT_RDWR)
+
+    def _post(self, timeout_s: float) -> str:
+        """Runs on the thread, and raises nothing."""
+        try:
+            connection = self._connection = self._open(timeout_s)
+            with contextlib.closing(connection):
+                connection.connect()
+                if self._given_up.is_set():
+                    return _silent(timeout_s)
+                target = urlunsplit(("", "", self._to.path or "/", self._to.query, ""))
+                connection.request("POST", target, self._body, self._headers)
+                status = connection.getresponse().status  # a redirect is an answer like another
+        except TimeoutError:
+            return _silent(timeout_s)
+        except OSError as error:
+            return error.strerror or type(error).__name__
+        except Exception as error:  # what it says may hold the token
+            return type(error).__name__
+        if 200 <= status < 300:
+            return ""
+        return f"HTTP {status}" + (", a redirect, which is refused" if 300 <= status < 400 else "")
+
+    def _open(self, timeout_s: float) -> http.client.HTTPConnection:
+        host, port = self._to.hostname or "", self._to.port
+        if self._verified is None:
+            return http.client.HTTPConnection(host, port, timeout=timeout_s)
+        return http.client.HTTPSConnection(host, port, timeout=timeout_s, context=self._verified)
 
 
-def _post(opener: OpenerDirector, url: str, body: bytes, token: str, timeout_s: float) -> str:
-    """One attempt. Empty when it was taken, else a short reason without the server's own words."""
-    headers = {"Content-Type": "application/json", "User-Agent": "orcd-jax"}
-    if token:
-        headers["Authorization"] = f"Bearer {token}"
-    request = Request(url, data=body, method="POST", headers=headers)  # noqa: S310 - the scheme was checked
-    try:
-        with opener.open(request, timeout=timeout_s) as answer:
-            status = int(answer.status)
-        return "" if 200 <= status < 300 else f"HTTP {status}"
-    except HTTPError as error:
-        error.close()
-        return f"HTTP {error.code}" + (", a redirect, which is refused" if 300 <= error.code < 400 else "")
-    except URLError as error:
-        reason = error.reason
-        return reason.strerror or type(reason).__name__ if isinstance(reason, OSError) else "no connection"
-    except TimeoutError:
-        return f"no answer within {timeout_s:.0f} s"
-    except (OSError, http.client.HTTPException) as error:
-        return type(error).__name__
+def _silent(timeout_s: float) -> str:
+    return f"no answer within {timeout_s:.0f} s"
 
 
 def _encode(fields: dict[str, object]) -> bytes:

@@ -117,7 +117,7 @@ class Jobs:
                 self._metrics.job_failed(error.code)
             raise
         finally:
-            gone = Failed(OrcdError(ErrorCode.CANCELLED, "the client went away"))
+            gone = Failed(OrcdError(ErrorCode.CANCELLED, "its call was closed"))
             if live.job is not None and live.stream.abort(gone):
                 live.cancel()
                 self._end(params.job_id, gone, received_s, span)

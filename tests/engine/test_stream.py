@@ -58,6 +58,23 @@ def test_abort_drops_unread_tokens() -> None:
     assert read_all(stream) == [CANCELLED]
 
 
+@pytest.mark.requirement("WORKER-4254")
+@pytest.mark.parametrize("turns", range(6))
+def test_a_reader_that_is_cancelled_as_an_event_comes_is_cancelled(turns: int) -> None:
+    async def run() -> bool:
+        stream = JobStream()
+        reading = asyncio.create_task(stream.next(timeout_s=60.0))
+        await asyncio.sleep(0)
+        stream.put(ENDED)
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        was_to_end = reading.cancel()
+        await asyncio.wait((reading,))
+        return reading.cancelled() is was_to_end
+
+    assert asyncio.run(run())
+
+
 def test_a_read_times_out_without_losing_anything() -> None:
     async def run() -> None:
         stream = JobStream()

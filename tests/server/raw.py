@@ -100,8 +100,8 @@ class Raw:
       pings: how many of our pings it has answered.
     """
 
-    def __init__(self, port: int, *, window: int | None = None, greet: bool = True) -> None:
-        self._socket = socket.create_connection(("127.0.0.1", port), timeout=WAIT_S)
+    def __init__(self, port: int, *, window: int | None = None, greet: bool = True, source: str = "127.0.0.1") -> None:
+        self._socket = socket.create_connection(("127.0.0.1", port), WAIT_S, source_address=(source, 0))
         # What it sends may be anything: h2 must not correct it.
         self.h2 = H2Connection(
             H2Configuration(

@@ -30,6 +30,7 @@ from tests.server.raw import (
     SETTINGS,
     WINDOW_UPDATE,
     Raw,
+    call_headers,
     frame,
     framed,
 )
@@ -131,6 +132,29 @@ def test_calls_that_were_given_up_leave_nothing_behind() -> None:
         served.on_loop(lambda: None)
         assert served.on_loop(lambda: dict(connection.processor.streams)) == {}
         assert served.worker.calls == 0
+
+
+@pytest.mark.requirement("WORKER-4420")
+@pytest.mark.parametrize("path", ["/grpc.health.v1.Health/Check", "/orcd.worker.v1.Worker/Ready"])
+def test_calls_without_a_token_are_a_flood_in_the_end(bounded: Served, path: str) -> None:
+    with Raw(bounded.port) as raw:
+        headers = [(name, path if name == ":path" else value) for name, value in call_headers("")]
+        for stream in range(1, 200, 2):
+            raw.write(raw.any_headers(headers, stream=stream, end=True))
+        goaway = raw.read_to_the_end()
+        assert goaway is not None
+        assert (goaway.code, goaway.why) == (ErrorCodes.ENHANCE_YOUR_CALM, "too many calls without a valid token")
+        assert goaway.last_stream > 2 * 20, "some are answered"
+
+
+@pytest.mark.requirement("WORKER-4420")
+def test_calls_with_one_are_none_however_many_come_at_once(bounded: Served) -> None:
+    with Raw(bounded.port) as raw:
+        raw.ask("Ready")
+        assert raw.answer().status == 0
+        raw.write(b"".join(raw.headers("Ready", stream=stream, end=True) for stream in range(3, 403, 2)))
+        raw.read_until(lambda: all(raw.answers[stream].ended for stream in range(3, 403, 2)))
+        assert raw.goaway is None
 
 
 # -- ordinary clients --------------------------------------------------------------------------------------------------

@@ -83,7 +83,8 @@ def test_the_event_codes_are_the_documented_ones() -> None:
     documented = """
         worker_started worker_stopped load_started load_hashed load_verified load_failed load_completed
         memory_allocated memory_released sealed digest_recomputed digest_age_checked verification_failed
-        policy_violation auth_succeeded auth_failed tokens_rotated path_refused log_opened log_recovered records_lost
+        policy_violation auth_succeeded auth_failed auth_limited tokens_rotated tls_rotated rotation_refused
+        path_refused log_opened log_recovered records_lost
     """
     assert {str(event) for event in AuditEvent} == set(documented.split())
 

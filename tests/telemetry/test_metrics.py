@@ -12,7 +12,15 @@ from prometheus_client.parser import text_string_to_metric_families
 from orcd_jax.engine.request import FinishReason
 from orcd_jax.errors import ErrorCode
 from orcd_jax.telemetry import metrics as module
-from orcd_jax.telemetry.metrics import DEVICE_ERRORS, FINISHED_REASON, OUTCOMES, STATES, Snapshot, WorkerMetrics
+from orcd_jax.telemetry.metrics import (
+    DEVICE_ERRORS,
+    FINISHED_REASON,
+    OUTCOMES,
+    REFUSALS,
+    STATES,
+    Snapshot,
+    WorkerMetrics,
+)
 from orcd_jax.worker.lifecycle import State
 
 WAIT_S = 10.0
@@ -38,6 +46,7 @@ NAMES: dict[str, tuple[str, tuple[str, ...]]] = {
     "worker_digest_passes_total": ("counter", ()),
     "worker_audit_records_lost_total": ("counter", ()),
     "worker_auth_failures_total": ("counter", ()),
+    "worker_connections_refused_total": ("counter", ("reason",)),
     "worker_vram_bytes": ("gauge", ()),
     "worker_device_errors_total": ("counter", ("code",)),
     "worker_gpu_temperature_celsius": ("gauge", ()),
@@ -261,12 +270,16 @@ def test_digests_device_errors_and_refused_callers_are_counted() -> None:
     metrics.device_error(ErrorCode.VRAM_OOM)
     metrics.device_error(ErrorCode.INTERNAL)  # not a kind of exhaustion
     metrics.auth_failed()
+    for reason in ("peer", "full", "peer"):
+        metrics.connection_refused(reason)
     series = told(metrics)
     assert series["worker_digest_passes_total"] == series["worker_digest_duration_seconds_count"] == 1
     assert series["worker_digest_duration_seconds_sum"] == 0.025
     counted = {code.value: series[f'worker_device_errors_total{{code="{code}"}}'] for code in DEVICE_ERRORS}
     assert counted == {"CUDA_ERROR": 1, "HOST_OOM": 0, "VRAM_OOM": 1}
     assert series["worker_auth_failures_total"] == 1
+    refused = {reason: series[f'worker_connections_refused_total{{reason="{reason}"}}'] for reason in ("full", "peer")}
+    assert refused == {"full": 1, "peer": 2}
 
 
 def test_no_tokens_are_no_event() -> None:
@@ -296,7 +309,7 @@ def test_a_scrape_waits_for_no_writer() -> None:
         for value in (held.values() if isinstance(held, dict) else [held])
         if isinstance(value, module._Count | module._Distribution)
     ]
-    assert len(locks) == len(OUTCOMES) + 2 + len(DEVICE_ERRORS) + 8
+    assert len(locks) == len(OUTCOMES) + 2 + len(DEVICE_ERRORS) + len(REFUSALS) + 8
     for lock in locks:
         lock.acquire()  # as if every writer were in the middle of its work
     scrape = threading.Thread(target=metrics.exposition, daemon=True)

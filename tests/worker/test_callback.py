@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import http.client
 import json
+import socket
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -13,6 +16,8 @@ import pytest
 from orcd_jax.errors import ErrorCode
 from orcd_jax.worker import callback
 from orcd_jax.worker.callback import CallbackUndelivered, Failure, Readiness, deliver
+
+WAIT_S = 20.0  # only a failing test waits that long
 
 READY = Readiness(
     worker_id="w1",
@@ -92,19 +97,19 @@ class FakeTime:
 
 
 def send(url: str, message: Readiness | Failure = READY, *, deadline_s: float = 60, token: str = "") -> FakeTime:
-    time = FakeTime()
+    fake = FakeTime()
     asyncio.run(
         deliver(
             url,
             message,
             deadline_s=deadline_s,
             token=token,
-            sleep=time.sleep,
-            clock=time.clock,
+            sleep=fake.sleep,
+            clock=fake.clock,
             jitter=lambda: 1.0,
         )
     )
-    return time
+    return fake
 
 
 @pytest.mark.requirement("WORKER-4023")
@@ -135,9 +140,28 @@ def test_readiness_carries_who_what_and_where(pool: PoolManager) -> None:
 @pytest.mark.requirement("WORKER-4023")
 @pytest.mark.requirement("WORKER-4961")
 def test_a_failure_carries_its_code(pool: PoolManager) -> None:
-    send(pool.url, Failure(worker_id="w1", pool_id="p1", code="MODEL_LOAD_FAILED", message="no file", retriable=False))
+    failure = Failure(
+        worker_id="w1",
+        pool_id="p1",
+        code="NOT_READY",
+        message="too often",
+        retriable=True,
+        exit_code=11,
+        retry_after_ms=1500,
+    )
+    send(pool.url, failure)
     sent = json.loads(pool.received[0][2])
-    assert (sent["status"], sent["code"], sent["retriable"]) == ("failed", "MODEL_LOAD_FAILED", False)
+    assert sent.pop("version")
+    assert sent == {
+        "status": "failed",
+        "worker_id": "w1",
+        "pool_id": "p1",
+        "code": "NOT_READY",
+        "message": "too often",
+        "retriable": True,
+        "exit_code": 11,
+        "retry_after_ms": 1500,
+    }
 
 
 def test_a_token_is_sent_when_there_is_one_and_only_then(pool: PoolManager) -> None:
@@ -149,28 +173,28 @@ def test_a_token_is_sent_when_there_is_one_and_only_then(pool: PoolManager) -> N
 @pytest.mark.requirement("WORKER-4023")
 def test_it_is_retried_with_growing_waits_until_taken(pool: PoolManager) -> None:
     pool.answers = [500, 503, 404, 204]
-    time = send(pool.url)
-    assert time.slept == [0.5, 1.0, 2.0]
+    fake = send(pool.url)
+    assert fake.slept == [0.5, 1.0, 2.0]
     assert len(pool.received) == 4
 
 
 def test_waits_are_spread_by_jitter_over_half_their_length(pool: PoolManager) -> None:
     pool.answers = [500]
-    time = FakeTime()
-    asyncio.run(deliver(pool.url, READY, deadline_s=60, sleep=time.sleep, clock=time.clock, jitter=lambda: 0.0))
-    assert time.slept == [callback.FIRST_WAIT_S / 2]
+    fake = FakeTime()
+    asyncio.run(deliver(pool.url, READY, deadline_s=60, sleep=fake.sleep, clock=fake.clock, jitter=lambda: 0.0))
+    assert fake.slept == [callback.FIRST_WAIT_S / 2]
 
 
 def test_each_retry_is_reported_with_its_reason(pool: PoolManager) -> None:
     pool.answers = [503]
-    time, told = FakeTime(), list[tuple[int, str, float]]()
+    fake, told = FakeTime(), list[tuple[int, str, float]]()
     attempts = asyncio.run(
         deliver(
             pool.url,
             READY,
             deadline_s=60,
-            sleep=time.sleep,
-            clock=time.clock,
+            sleep=fake.sleep,
+            clock=fake.clock,
             jitter=lambda: 1.0,
             on_retry=lambda attempt, reason, wait: told.append((attempt, reason, wait)),
         )
@@ -227,3 +251,76 @@ def test_what_the_server_answers_is_never_quoted(pool: PoolManager) -> None:
     with pytest.raises(CallbackUndelivered) as caught:
         send(pool.url, deadline_s=1)
     assert "Internal Server Error" not in caught.value.message
+
+
+# -- another side that does nothing good -------------------------------------------------------------------------------
+
+
+class Dripping(threading.Thread):
+    """Takes one connection and answers a byte at a time, never to its end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._server = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._server.getsockname()[1]}/"
+        self.was_cut = threading.Event()
+
+    def run(self) -> None:
+        with self._server, self._server.accept()[0] as client:
+            client.sendall(b"HTTP/1.1 200 OK\r\n")
+            for _ in range(int(WAIT_S / 0.01)):
+                try:
+                    client.sendall(b"x")
+                except OSError:
+                    self.was_cut.set()
+                    return
+                time.sleep(0.01)
+
+
+@pytest.mark.requirement("WORKER-4023")
+def test_an_answer_that_never_ends_is_not_waited_for_and_cut_off() -> None:
+    dripping = Dripping()
+    dripping.start()
+    began = time.monotonic()
+    with pytest.raises(CallbackUndelivered, match="no answer within"):
+        asyncio.run(deliver(dripping.url, READY, deadline_s=0.5, jitter=lambda: 1.0))
+    assert time.monotonic() - began < WAIT_S / 2
+    assert dripping.was_cut.wait(WAIT_S)
+    dripping.join()
+
+
+@pytest.mark.requirement("WORKER-4023")
+def test_a_message_that_was_given_up_does_not_arrive_after_the_next_one(
+    pool: PoolManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A "ready" must not come after "failed"."""
+    connecting, may_connect = threading.Event(), threading.Event()
+    connect = http.client.HTTPConnection.connect
+
+    def slowly(connection: http.client.HTTPConnection) -> None:
+        connecting.set()
+        assert may_connect.wait(WAIT_S)
+        connect(connection)
+
+    async def tell() -> None:
+        telling = asyncio.create_task(deliver(pool.url, READY, deadline_s=60))
+        await asyncio.to_thread(connecting.wait, WAIT_S)
+        telling.cancel()
+        await asyncio.wait((telling,))
+        assert telling.cancelled()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(http.client.HTTPConnection, "connect", slowly)
+        asyncio.run(tell())
+        (thread,) = [thread for thread in threading.enumerate() if thread.name == "callback"]
+        may_connect.set()
+        thread.join(WAIT_S)
+    send(pool.url)
+    assert len(pool.received) == 1
+
+
+def test_a_token_that_no_header_can_hold_is_a_reason_and_is_not_repeated(pool: PoolManager) -> None:
+    with pytest.raises(CallbackUndelivered) as caught:
+        send(pool.url, deadline_s=1, token="secret\r\nX-Other: 1")
+    assert pool.received == []
+    assert "secret" not in caught.value.message
