@@ -8,7 +8,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,21 @@ def told(pool: PoolManager) -> list[dict[str, Any]]:
 
 def callback(url: str) -> str:
     return f"--readiness_callback_url={url}"
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Worker]]:
+    """Starts a worker below ``tmp_path``: its checkpoint, then flags. None outlives the test."""
+    started: list[Worker] = []
+
+    def one(checkpoint: Path, *flags: str, prelude: str = "") -> Worker:
+        started.append(Worker(checkpoint, tmp_path, *flags, prelude=prelude))
+        return started[-1]
+
+    yield one
+    for worker in started:
+        worker.process.kill()
+        worker.end()
 
 
 def ended(worker: Worker) -> int:
@@ -74,7 +89,13 @@ main.Watchdog.start = fail
     ],
 )
 def test_a_worker_that_cannot_start_says_so(
-    tiny_checkpoint: Path, tmp_path: Path, pool: PoolManager, how: str, exit_code: ExitCode, code: str
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    pool: PoolManager,
+    how: str,
+    exit_code: ExitCode,
+    code: str,
+    start: Callable[..., Worker],
 ) -> None:
     checkpoint, flags, prelude = tiny_checkpoint, [callback(pool.url)], ""
     other = tmp_path / "other"
@@ -103,7 +124,7 @@ def test_a_worker_that_cannot_start_says_so(
                 flags += [f"--rpc_port={taken.getsockname()[1]}"]
             case "a bug":
                 prelude = A_BUG
-        assert ended(Worker(checkpoint, tmp_path, *flags, prelude=prelude)) == exit_code
+        assert ended(start(checkpoint, *flags, prelude=prelude)) == exit_code
     (failure,) = told(pool)
     assert (failure["status"], failure["worker_id"], failure["pool_id"]) == ("failed", "w", "p")
     assert (failure["code"], failure["exit_code"]) == (code, exit_code)
@@ -114,15 +135,15 @@ def test_a_worker_that_cannot_start_says_so(
 @pytest.mark.requirement("WORKER-4961")
 @pytest.mark.requirement("WORKER-4963")
 def test_a_start_that_the_ledger_refuses_is_told_with_when_to_come_again(
-    tiny_checkpoint: Path, tmp_path: Path, pool: PoolManager
+    tiny_checkpoint: Path, pool: PoolManager, start: Callable[..., Worker]
 ) -> None:
     flags = ("--max_restarts=1", "--await_commit", callback(pool.url))
-    killed = Worker(tiny_checkpoint, tmp_path, *flags)
+    killed = start(tiny_checkpoint, *flags)
     killed.wait_for("startup")
     killed.process.kill()
     killed.end()
     assert told(pool) == [], "who is killed says nothing"
-    assert ended(Worker(tiny_checkpoint, tmp_path, *flags)) == ExitCode.RESTARTS
+    assert ended(start(tiny_checkpoint, *flags)) == ExitCode.RESTARTS
     (failure,) = told(pool)
     assert (failure["code"], failure["exit_code"], failure["retriable"]) == ("NOT_READY", 11, True)
     assert 0 < failure["retry_after_ms"] <= 300_000
@@ -130,11 +151,11 @@ def test_a_start_that_the_ledger_refuses_is_told_with_when_to_come_again(
 
 @pytest.mark.requirement("WORKER-4961")
 def test_a_second_process_of_one_name_does_not_speak_for_the_first(
-    tiny_checkpoint: Path, tmp_path: Path, pool: PoolManager
+    tiny_checkpoint: Path, pool: PoolManager, start: Callable[..., Worker]
 ) -> None:
-    first = Worker(tiny_checkpoint, tmp_path, "--await_commit", callback(pool.url))
+    first = start(tiny_checkpoint, "--await_commit", callback(pool.url))
     first.wait_for("startup")
-    assert ended(Worker(tiny_checkpoint, tmp_path, "--await_commit", callback(pool.url))) == ExitCode.USAGE
+    assert ended(start(tiny_checkpoint, "--await_commit", callback(pool.url))) == ExitCode.USAGE
     assert told(pool) == []
     assert first.end() == ExitCode.OK
     assert told(pool) == [], "nor does one that ends in good order"
@@ -145,9 +166,9 @@ def test_a_second_process_of_one_name_does_not_speak_for_the_first(
 
 @pytest.mark.requirement("WORKER-4961")
 def test_a_worker_that_nobody_watches_any_more_says_so(
-    tiny_checkpoint: Path, tmp_path: Path, pool: PoolManager
+    tiny_checkpoint: Path, pool: PoolManager, start: Callable[..., Worker]
 ) -> None:
-    worker = Worker(tiny_checkpoint, tmp_path, "--await_commit", callback(pool.url))
+    worker = start(tiny_checkpoint, "--await_commit", callback(pool.url))
     worker.wait_for("startup")
     pid = worker.process.pid
     (watchdog,) = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
@@ -160,12 +181,12 @@ def test_a_worker_that_nobody_watches_any_more_says_so(
 @pytest.mark.requirement("WORKER-4961")
 @pytest.mark.requirement("WORKER-4163")
 def test_a_worker_whose_audit_cannot_be_written_says_so(
-    tiny_checkpoint: Path, tmp_path: Path, pool: PoolManager
+    tiny_checkpoint: Path, pool: PoolManager, start: Callable[..., Worker]
 ) -> None:
     full = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
     full += "resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024))"
     flags = ("--audit_on_failure=stop", callback(pool.url))
-    assert ended(Worker(tiny_checkpoint, tmp_path, *flags, prelude=full)) == ExitCode.AUDIT
+    assert ended(start(tiny_checkpoint, *flags, prelude=full)) == ExitCode.AUDIT
     assert [(said["status"], said.get("exit_code")) for said in told(pool)][-1] == ("failed", ExitCode.AUDIT)
 
 
@@ -217,8 +238,10 @@ def deaf(request: pytest.FixtureRequest) -> Iterator[Deaf]:
 
 
 @pytest.mark.requirement("WORKER-4961")
-def test_a_pool_manager_that_does_not_answer_holds_the_end_up_for_a_moment(tmp_path: Path, deaf: Deaf) -> None:
-    worker = Worker(tmp_path / "none", tmp_path, callback(deaf.url))
+def test_a_pool_manager_that_does_not_answer_holds_the_end_up_for_a_moment(
+    tmp_path: Path, deaf: Deaf, start: Callable[..., Worker]
+) -> None:
+    worker = start(tmp_path / "none", callback(deaf.url))
     assert deaf.heard.wait(WAIT_S)
     began = time.monotonic()
     assert ended(worker) == ExitCode.USAGE
@@ -227,8 +250,8 @@ def test_a_pool_manager_that_does_not_answer_holds_the_end_up_for_a_moment(tmp_p
 
 
 @pytest.mark.requirement("WORKER-4961")
-def test_a_pool_manager_that_is_down_does_so_too(tmp_path: Path) -> None:
-    worker = Worker(tmp_path / "none", tmp_path, "--log_level=error", callback(f"http://127.0.0.1:{free_port()}/"))
+def test_a_pool_manager_that_is_down_does_so_too(tmp_path: Path, start: Callable[..., Worker]) -> None:
+    worker = start(tmp_path / "none", "--log_level=error", callback(f"http://127.0.0.1:{free_port()}/"))
     assert worker.process.stderr is not None
     worker.process.stderr.readline()  # what is wrong
     began = time.monotonic()
@@ -238,14 +261,16 @@ def test_a_pool_manager_that_is_down_does_so_too(tmp_path: Path) -> None:
 
 @pytest.mark.requirement("WORKER-4961")
 @pytest.mark.requirement("WORKER-4963")
-def test_a_sigterm_while_it_tells_ends_it_with_the_code_it_has(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    killed = Worker(tiny_checkpoint, tmp_path, "--max_restarts=1", "--await_commit")
+def test_a_sigterm_while_it_tells_ends_it_with_the_code_it_has(
+    tiny_checkpoint: Path, start: Callable[..., Worker]
+) -> None:
+    killed = start(tiny_checkpoint, "--max_restarts=1", "--await_commit")
     killed.wait_for("startup")
     killed.process.kill()
     killed.end()
     deaf = Deaf(b"")
     try:
-        refused = Worker(tiny_checkpoint, tmp_path, "--max_restarts=1", "--await_commit", callback(deaf.url))
+        refused = start(tiny_checkpoint, "--max_restarts=1", "--await_commit", callback(deaf.url))
         assert deaf.heard.wait(WAIT_S)
         asked = time.monotonic()
         assert refused.end() == ExitCode.RESTARTS

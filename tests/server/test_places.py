@@ -16,9 +16,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orcd_jax.server.limits import Limits, Seldom
+from orcd_jax.config import ConfigError
+from orcd_jax.server.limits import CONNECTIONS, Limits, Seldom
 from orcd_jax.server.places import Places, Refusal
 from orcd_jax.server.tls import server_context
+from tests.configured import parsed
 from tests.server.fake_worker import WAIT_S, Served, serving
 from tests.server.peer import Peer, error_detail
 from tests.server.raw import Raw, call_headers, framed
@@ -204,6 +206,16 @@ def test_no_peer_and_not_all_together_hold_more_than_they_may(steps: list[tuple[
     for which in held:
         places.leave(ADDRESSES[which])
     assert not places._of, "who holds nothing is forgotten"
+
+
+@pytest.mark.requirement("WORKER-4420")
+@pytest.mark.parametrize("given", [0, CONNECTIONS + 1])
+def test_the_flag_and_the_server_agree_on_how_many_there_may_be(given: int) -> None:
+    config, limits = parsed("--standalone", f"--connections_per_peer={CONNECTIONS}"), Limits()
+    assert config.connections_per_peer == limits.connections
+    assert parsed("--standalone").connections_per_peer == limits.connections_per_peer
+    with pytest.raises(ConfigError, match=f"it must be an integer from 1 to {CONNECTIONS}"):
+        parsed("--standalone", f"--connections_per_peer={given}")
 
 
 def test_one_of_many_is_told_with_how_many_it_stands_for() -> None:
