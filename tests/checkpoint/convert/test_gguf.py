@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ from orcd_jax.errors import OrcdError
 from orcd_jax.models.config import RopeScaling
 from orcd_jax.models.rope import inverse_frequencies
 from tests.checkpoint.convert.tiny_gguf import HEAD_DIM, HEADS, KV_HEADS, TOKENS, weights, write_model
+from tests.checkpoint.damages import replaced
 
 
 def permute(values: np.ndarray, heads: int) -> np.ndarray:
@@ -117,6 +120,26 @@ def test_the_tokenizer_round_trips_and_knows_its_special_tokens(tmp_path: Path) 
 
 def test_a_family_that_begins_with_bos_says_so(tmp_path: Path) -> None:
     assert open_gguf(write_model(tmp_path / "m.gguf", pre="llama-bpe"), "auto").tokenizer.add_bos
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda path: os.truncate(path, path.stat().st_size - 64),
+        replaced(os.mkfifo),
+        Path.unlink,
+    ],
+    ids=["cut short", "a pipe", "gone"],
+)
+@pytest.mark.requirement("WORKER-4310")
+def test_a_file_that_changes_after_it_was_opened_is_one_error(tmp_path: Path, change: Callable[[Path], object]) -> None:
+    """Mapped into memory, a file that is cut short would end the process."""
+    source = open_gguf(write_model(tmp_path / "m.gguf"), "auto")
+    change(tmp_path / "m.gguf")
+    last = max(source.file.tensors.values(), key=lambda tensor: tensor.offset).name
+    name = next(name for name, stored in source.gguf_names.items() if stored == last)
+    with pytest.raises(OrcdError, match=f"cannot be read any more: {last}: .*: did the file change"):
+        source.tensor(name)
 
 
 @pytest.mark.parametrize(

@@ -236,7 +236,19 @@ def test_all_arrays_together_hold_as_many_strings_as_the_limit(tmp_path: Path) -
 
 def test_every_text_of_an_array_is_read_as_it_was_written(tmp_path: Path) -> None:
     """Among them what a length may look like: NULs, and as many bytes as a byte of it may hold."""
-    texts = ["", "\0", "é", "😀" * 64, "x" * 128, "ÿ" * 100, "\0" * 255, "ab" * 32_768, "", "end"] * 50
+    texts = [
+        "",
+        "\0",
+        "é",
+        "😀" * 64,
+        "x" * 128,
+        "ÿ" * 100,
+        "\0" * 255,
+        "ab" * 32_768,
+        "x" * 0x8080,
+        "y" * 0xC3A9,
+        "end",
+    ] * 20
     value = read_gguf(written(tmp_path / "x", Parts([(b"k", strings(*texts))], [], b""))).metadata["k"]
     assert list(value) == texts  # type: ignore[arg-type]
     assert [value[n] for n in range(len(texts))] == texts  # type: ignore[index]

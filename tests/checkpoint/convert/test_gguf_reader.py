@@ -48,6 +48,7 @@ ATTACKS = {
     "array nesting": (header(n_metadata=1, body=text("k") + array(9, 1)), "expected no array of arrays"),
     "value type": (header(n_metadata=1, body=text("k") + struct.pack("<I", 77)), "a GGUF value type from 0 to 12"),
     "bool": (header(n_metadata=1, body=text("k") + struct.pack("<IB", 7, 9)), "a boolean 0 or 1, found 9"),
+    "bools": (header(n_metadata=1, body=text("k") + array(7, 3, b"\1\2\0")), "k at byte 49: expected booleans 0 or 1"),
     "not UTF-8": (header(n_metadata=1, body=text(b"\xff\xfe")), "expected UTF-8"),
     "key twice": (
         header(n_metadata=2, body=(text("k") + struct.pack("<IB", 0, 1)) * 2),
