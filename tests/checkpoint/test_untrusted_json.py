@@ -43,6 +43,14 @@ def test_as_many_values_as_the_limit_are_read(text: str) -> None:
         untrusted_json.load(text.encode(), most=most - 1)
 
 
+@pytest.mark.requirement("WORKER-4312")
+def test_an_object_has_as_many_fields_as_the_limit_and_no_more() -> None:
+    value = {str(n): {"a": n} for n in range(64)}
+    assert untrusted_json.load(json.dumps([value, value]).encode(), most=1_000) == [value, value]
+    with pytest.raises(ValueError, match="more than 64 fields"):
+        untrusted_json.load(json.dumps([value, value | {"more": 0}]).encode(), most=1_000)
+
+
 @pytest.mark.parametrize(
     ("raw", "problem"),
     [

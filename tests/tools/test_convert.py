@@ -129,8 +129,8 @@ def replace_by_pipe(source: Path) -> None:
         (lambda path: path.write_bytes(b"GGML"), "magic at byte 0"),
         (lambda path: path.write_bytes(b""), "truncated"),
         (Path.unlink, "cannot be read: No such file"),
-        (replace_by_folder, "cannot be read: it is a folder or a special file"),
-        (replace_by_pipe, "cannot be read: it is a folder or a special file"),
+        (replace_by_folder, "cannot be read: not a regular file"),
+        (replace_by_pipe, "cannot be read: not a regular file"),
     ],
 )
 @pytest.mark.requirement("WORKER-4310")
