@@ -68,6 +68,7 @@ class Worker:
         ]
         command += [f"--api_token_file={self.token_file}", f"--control_token_file={self.control_token_file}"]
         command += [f"--state_dir={self.state}", "--allow_root", *flags]
+        command += ["--allow_shared_gpu"] if PLATFORM == "cuda" else []  # the test's own process may hold a context
         environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT)
         self.peer = Peer(self.port)

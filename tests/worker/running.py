@@ -16,6 +16,8 @@ from orcd_jax.config import WorkerConfig
 from orcd_jax.device.gpu_health import GpuProbe
 from orcd_jax.engine.request import Ended, Failed, Tokens
 from orcd_jax.errors import ErrorCode, OrcdError
+from orcd_jax.worker import commits as commits_module
+from orcd_jax.worker.loader import ResidentModel, load
 from orcd_jax.worker.services import Services
 from orcd_jax.worker.types import CommitParams, ExecuteParams, Handle, WorkerEvent
 from orcd_jax.worker.worker import Worker
@@ -47,6 +49,25 @@ def services_of(**given: Any) -> Services:
     if PLATFORM == "cuda":
         given = {"gpu_health": GpuProbe(os.environ.get("CUDA_VISIBLE_DEVICES", "0")).read, **given}
     return Services(**given)
+
+
+class HeldLoad:
+    """Loads begin, and go on when the test says so."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._begun, self._released = threading.Event(), threading.Event()
+        monkeypatch.setattr(commits_module, "load", self._load)
+
+    def _load(self, *arguments: Any, **named: Any) -> ResidentModel:
+        self._begun.set()
+        assert self._released.wait(WAIT_S)
+        return load(*arguments, **named)
+
+    def wait_begun(self) -> None:
+        assert self._begun.wait(WAIT_S)
+
+    def go_on(self) -> None:
+        self._released.set()
 
 
 class Running:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import shutil
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +24,7 @@ from orcd_jax.worker.services import Services
 from orcd_jax.worker.types import CommitParams, PlanParams
 from tests.checkpoint.tiny import edit_manifest
 from tests.conftest import PLATFORM
-from tests.worker.running import WAIT_S, Running, commit_of, config_of, events_of, job
+from tests.worker.running import WAIT_S, HeldLoad, Running, commit_of, config_of, events_of, job
 
 pytestmark = [
     pytest.mark.slow,
@@ -255,17 +254,10 @@ def test_over_generated_cases_plan_and_commit_agree_to_the_word(
 def test_while_a_model_loads_another_is_not_feasible_and_the_same_is(
     tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loading, go_on = threading.Event(), threading.Event()
-
-    def slowly(*arguments: Any, **named: Any) -> ResidentModel:
-        loading.set()
-        assert go_on.wait(WAIT_S)
-        return load(*arguments, **named)
-
-    monkeypatch.setattr(commits_module, "load", slowly)
+    held = HeldLoad(monkeypatch)
     running = Case(checkpoint=tiny_checkpoint).start()
     begun = running.begin(commit_of(running.worker, CommitParams(plan=PlanParams())))
-    assert loading.wait(WAIT_S)
+    held.wait_begun()
     assert running.run(running.worker.plan(PlanParams())).feasible
     other = PlanParams(slots=1)
     (reason,) = running.run(running.worker.plan(other)).reasons
@@ -274,7 +266,7 @@ def test_while_a_model_loads_another_is_not_feasible_and_the_same_is(
     with pytest.raises(OrcdError) as refused:
         running.run(commit_of(running.worker, CommitParams(plan=other)))
     assert (refused.value.code, refused.value.message) == (reason.code, reason.message)
-    go_on.set()
+    held.go_on()
     assert begun.result(WAIT_S).sealed
     running.close()
 
@@ -283,23 +275,16 @@ def test_while_a_model_loads_another_is_not_feasible_and_the_same_is(
 def test_a_worker_that_ends_while_it_loads_lets_nobody_join_in(
     tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loading, go_on = threading.Event(), threading.Event()
-
-    def slowly(*arguments: Any, **named: Any) -> ResidentModel:
-        loading.set()
-        assert go_on.wait(WAIT_S)
-        return load(*arguments, **named)
-
-    monkeypatch.setattr(commits_module, "load", slowly)
+    held = HeldLoad(monkeypatch)
     running = Case(checkpoint=tiny_checkpoint).start()
     begun = running.begin(commit_of(running.worker, CommitParams(plan=PlanParams())))
-    assert loading.wait(WAIT_S)
+    held.wait_begun()
     running.run(running.worker.drain(0.0))
     assert [reason.code for reason in running.run(running.worker.plan(PlanParams())).reasons] == [ErrorCode.NOT_READY]
     with pytest.raises(OrcdError) as refused:
         running.run(commit_of(running.worker, CommitParams(plan=PlanParams())))
     assert refused.value.code is ErrorCode.NOT_READY
-    go_on.set()
+    held.go_on()
     with pytest.raises(OrcdError, match="stopped while it loaded"):
         begun.result(WAIT_S)
     running.close()

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-import threading
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from orcd_jax.engine.request import Ended, Failed
 from orcd_jax.errors import ErrorCode, OrcdError
 from orcd_jax.residency.bounds import Sizes
-from orcd_jax.worker import commits as commits_module
 from orcd_jax.worker.lifecycle import State
-from orcd_jax.worker.loader import ResidentModel, load
 from orcd_jax.worker.planner import engine_shape
 from tests.conftest import PLATFORM
 from tests.worker.running import (
     WAIT_S,
+    HeldLoad,
     LongJob,
     Running,
     config_of,
@@ -102,19 +99,12 @@ def test_a_model_that_does_not_load_stops_the_worker(tiny_checkpoint: Path, tmp_
 def test_a_worker_that_is_stopped_while_it_loads_never_becomes_ready(
     tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loading, go_on = threading.Event(), threading.Event()
-
-    def slowly(*arguments: Any, **named: Any) -> ResidentModel:
-        loading.set()
-        assert go_on.wait(WAIT_S)
-        return load(*arguments, **named)
-
-    monkeypatch.setattr(commits_module, "load", slowly)
+    held = HeldLoad(monkeypatch)
     stopped = Running(config_of(tiny_checkpoint))
     started = stopped.begin(stopped.worker.start())
-    assert loading.wait(WAIT_S)
+    held.wait_begun()
     stopped.run(stopped.worker.stop())
-    go_on.set()
+    held.go_on()
     with pytest.raises(OrcdError, match="stopped while it loaded"):
         started.result(WAIT_S)
     assert stopped.states[-1] is State.STOPPED
